@@ -1,0 +1,278 @@
+"""Which kernels serve a call, on how many threads, and why.
+
+Three backends compute the same operations behind one interface (`_kernels/README.md`): ``cython`` (compiled, one build
+per instruction set), ``numba`` (compiled at first use) and ``reference`` (NumPy, float64 inside). The first that is
+there serves, in this order.
+
+Settings stand at three levels, the nearest winning: a call's own ``num_threads``, the `config_context` around it, and what
+`set_backend` and `set_num_threads` or the environment (FASTBN_BACKEND, FASTBN_ISA, FASTBN_NUM_THREADS, OMP_NUM_THREADS)
+say for the process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module, util
+from typing import Any
+
+from . import checks
+
+BACKENDS = ("cython", "numba", "reference")
+
+# Instruction set → the extension module built for it, the richest first.
+INSTRUCTION_SETS = {"x86-64-v4": "x86_64_v4", "x86-64-v3": "x86_64_v3", "x86-64": "baseline", "baseline": "baseline"}
+
+_context: ContextVar[tuple[Any, int | None]] = ContextVar("fastbn", default=(None, None))
+_loaded: dict[str, Any] = {}
+_why_not: dict[str, str] = {}
+_backend: Any = None
+_threads: int | None = None
+_forked = False
+
+
+def _after_fork() -> None:
+    # An OpenMP run-time that has had a team in the parent hangs in the child: from here on, one thread.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- kernels ----
+
+
+def _load_instruction_set(isa: str) -> Any:
+    return import_module(f"fastbn._kernels.cython_cpu.{INSTRUCTION_SETS[isa]}")
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that were built here and that this machine can run, the richest first."""
+    try:
+        baseline = _load_instruction_set("baseline")
+    except ImportError:
+        return []
+    runs = baseline.machine_runs()  # names of instruction sets, "x86-64" or "baseline" the last
+    return [isa for isa in runs if util.find_spec(f"fastbn._kernels.cython_cpu.{INSTRUCTION_SETS[isa]}")]
+
+
+def _load_cython() -> Any:
+    wanted = os.environ.get("FASTBN_ISA")
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        raise ValueError(f"FASTBN_ISA is {wanted!r}, and must be one of {', '.join(INSTRUCTION_SETS)}")
+    available = instruction_sets()
+    if not available:
+        raise ImportError("the compiled kernels are not there: they were not built, for want of gcc or clang")
+    if wanted is None:
+        return _load_instruction_set(available[0])
+    if wanted not in available:
+        raise ImportError(
+            f"FASTBN_ISA is {wanted}, and what was built and runs on this machine is {', '.join(available)}"
+        )
+    return _load_instruction_set(wanted)
+
+
+def load(name: str) -> Any:
+    """The kernels of a backend.
+
+    Raises
+    ------
+    ImportError
+        With the reason, where it cannot serve here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, and must be one of {', '.join(BACKENDS)}")
+    if name not in _loaded:
+        try:
+            if name == "cython":
+                _loaded[name] = _load_cython()
+            elif name == "numba":
+                _loaded[name] = import_module("fastbn._kernels.numba_cpu")
+            else:
+                _loaded[name] = import_module("fastbn._kernels.reference")
+        except ImportError as error:
+            missing = error.name == "numba" if error.name else False
+            _why_not[name] = "numba is not installed: pip install 'fastbn[numba]'" if missing else str(error)
+            raise ImportError(f"the {name} backend cannot be used: {_why_not[name]}") from error
+    return _loaded[name]
+
+
+def _choose() -> Any:
+    """The process's backend at first use: FASTBN_BACKEND, or the first that is there."""
+    named = os.environ.get("FASTBN_BACKEND")
+    if named is not None:
+        if named not in BACKENDS:
+            raise ValueError(f"FASTBN_BACKEND is {named!r}, and must be one of {', '.join(BACKENDS)}")
+        return load(named)
+    if os.environ.get("FASTBN_ISA") is not None:
+        return load("cython")  # asked for by name: a silent fallback would be a wrong answer
+    for name in BACKENDS:
+        try:
+            return load(name)
+        except ImportError:
+            continue
+    raise AssertionError("unreachable: the reference kernels need NumPy alone")
+
+
+def kernels() -> Any:
+    """The kernels that serve a call made here and now."""
+    global _backend
+    chosen = _context.get()[0]
+    if chosen is not None:
+        return chosen
+    if _backend is None:
+        _backend = _choose()
+    return _backend
+
+
+def set_backend(name: str) -> None:
+    """Choose the kernels for the whole process.
+
+    Parameters
+    ----------
+    name : {"cython", "numba", "reference"}
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of this name.
+    ImportError
+        If it cannot be used here; the message says why and what to install.
+    """
+    global _backend
+    _backend = load(name)
+
+
+# ---- threads ----
+
+
+def _available_cpus() -> int:
+    """Processors that this process may use: its affinity, and its control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # cgroup v2, then v1
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        try:
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+                quota = file.read().strip()
+            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+                period = file.read().strip()
+        except OSError:
+            return count
+    if quota in ("max", "-1"):
+        return count
+    return max(1, min(count, -(-int(quota) // int(period))))
+
+
+def _default_threads() -> int:
+    own = os.environ.get("FASTBN_NUM_THREADS")
+    if own is not None:
+        if not own.strip().isdecimal() or int(own) < 1:
+            raise ValueError(f"FASTBN_NUM_THREADS is {own!r}, and must be an integer of at least 1")
+        return int(own)
+    openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(openmp) if openmp.isdecimal() and int(openmp) >= 1 else _available_cpus()
+
+
+def num_threads(asked: int | None = None) -> int:
+    """The number of threads for a call: as asked, or from the settings; one in a forked child."""
+    global _threads
+    if asked is not None:
+        asked = checks.positive("num_threads", asked)
+    if _forked:
+        return 1
+    if asked is not None:
+        return asked
+    threads = _context.get()[1]
+    if threads is not None:
+        return threads
+    if _threads is None:
+        _threads = _default_threads()
+    return _threads
+
+
+def set_num_threads(n: int) -> None:
+    """Choose the number of threads for the whole process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. Work too small to gain from a team runs on the caller's thread whatever this says.
+    """
+    global _threads
+    _threads = checks.positive("n", n)
+
+
+@contextmanager
+def config_context(*, backend: str | None = None, num_threads: int | None = None) -> Iterator[None]:
+    """Backend and number of threads for the calls inside a ``with`` block, in this thread (or task) alone.
+
+    Parameters
+    ----------
+    backend : {"cython", "numba", "reference"}, optional
+    num_threads : int, optional
+
+    Examples
+    --------
+    >>> with fastbn.config_context(backend="reference", num_threads=1):
+    ...     y, saved = fastbn.batch_norm_forward(x)
+    """
+    outer_backend, outer_threads = _context.get()
+    token = _context.set(
+        (
+            outer_backend if backend is None else load(backend),
+            outer_threads if num_threads is None else checks.positive("num_threads", num_threads),
+        )
+    )
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+# ---- what is in use ----
+
+
+def config() -> dict[str, Any]:
+    """What is in use and why the rest is not, as a dict: what `show_config` prints."""
+    import numpy
+
+    from . import __version__
+
+    in_use = kernels()
+    why_not = {}
+    for name in BACKENDS:
+        if name == in_use.NAME:
+            continue
+        try:
+            load(name)
+            why_not[name] = "available, not chosen"
+        except ImportError:
+            why_not[name] = _why_not[name]
+    return {
+        "fastbn": __version__,
+        "python": sys.version.split()[0],
+        "numpy": numpy.__version__,
+        "backend": in_use.NAME,
+        "instruction set": in_use.INSTRUCTION_SET,
+        "instruction sets built and runnable": instruction_sets(),
+        "threads": num_threads(),
+        "openmp": in_use.openmp(),
+        "other backends": why_not,
+    }
+
+
+def show_config() -> None:
+    """Print which backend, instruction set, threads and OpenMP run-time are in use, and why the others are not."""
+    for name, value in config().items():
+        if isinstance(value, dict):
+            value = "".join(f"\n    {key}: {reason}" for key, reason in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(value) or "none"
+        print(f"{name}: {value}")

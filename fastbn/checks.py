@@ -1,0 +1,199 @@
+"""What bad input gets: every error fastbn raises about an argument, in one place.
+
+Each message names the argument, what it was and what it must be. The checks run before any kernel and before any
+statistic is touched.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+F32 = np.dtype(np.float32)
+F64 = np.dtype(np.float64)
+
+
+def data(name: str, x: Any) -> Array:
+    """An array of float32 or float64, as it is."""
+    if type(x) is not np.ndarray:
+        x = _as_ndarray(name, x)
+    if x.dtype != F32 and x.dtype != F64:
+        swapped = (
+            "; it is in the other byte order: use .astype(dtype.newbyteorder('='))" if not x.dtype.isnative else ""
+        )
+        raise TypeError(f"{name} has dtype {x.dtype}, and must be float32 or float64{swapped}")
+    return x  # type: ignore[no-any-return]
+
+
+def _as_ndarray(name: str, x: Any) -> Array:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(...)")
+    if isinstance(x, np.matrix):
+        raise TypeError(f"{name} is a numpy.matrix, and must be an ndarray; pass numpy.asarray({name})")
+    return np.asarray(x)
+
+
+def channel_axis(axis: Any, x: Array) -> int:
+    """`axis` as a number from 0 to x.ndim - 1."""
+    ndim = x.ndim
+    if not 2 <= ndim <= 5:
+        raise ValueError(f"x has shape {x.shape}, and must have 2 to 5 axes")
+    if type(axis) is not int:
+        try:
+            axis = operator.index(axis)
+        except TypeError:
+            raise TypeError(f"axis is {axis!r}, and must be an integer") from None
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis is {axis}, and must be from {-ndim} to {ndim - 1} for x of shape {x.shape}")
+    return axis if axis >= 0 else axis + ndim  # type: ignore[no-any-return]
+
+
+def parameter(name: str, p: Any, channels: int) -> Array | None:
+    """A parameter a channel, contiguous, or None."""
+    if p is None:
+        return None
+    p = _vector(name, p, channels)
+    return p if p.flags.c_contiguous else np.ascontiguousarray(p)
+
+
+def _vector(name: str, p: Any, channels: int) -> Array:
+    if type(p) is not np.ndarray:
+        p = _as_ndarray(name, p)
+    if p.dtype != F32 and p.dtype != F64:
+        raise TypeError(f"{name} has dtype {p.dtype}, and must be float32 or float64")
+    if p.shape != (channels,):
+        raise ValueError(f"{name} has shape {p.shape}, and must have shape ({channels},): one value a channel")
+    return p  # type: ignore[no-any-return]
+
+
+def running(running_mean: Any, running_var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:
+    """The running statistics: both or neither, one value a channel; if they are to be updated, writeable ndarrays."""
+    if (running_mean is None) != (running_var is None):
+        absent, present = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        raise ValueError(f"{absent} is None and {present} is not; give both or neither")
+    if running_mean is None:
+        if not update:
+            raise ValueError("running_mean and running_var are None, and must be given unless training=True")
+        return None, None
+    for name, p in (("running_mean", running_mean), ("running_var", running_var)):
+        checked = _vector(name, p, channels)
+        if update:
+            if checked is not p:
+                raise TypeError(f"{name} is a {type(p).__name__}, and must be an ndarray to be updated in place")
+            if not p.flags.writeable:
+                raise ValueError(f"{name} is read-only, and must be writeable to be updated")
+    if update and np.may_share_memory(running_mean, running_var):
+        raise ValueError("running_mean and running_var share memory, and must be two arrays")
+    return np.asarray(running_mean), np.asarray(running_var)
+
+
+def eps(value: Any) -> float:
+    """A positive, finite float."""
+    if type(value) is not float:
+        value = _number("eps", value)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"eps is {value}, and must be greater than 0 and finite")
+    return value  # type: ignore[no-any-return]
+
+
+def momentum(value: Any) -> float:
+    """A float from 0 to 1: the weight of the new batch."""
+    if type(value) is not float:
+        value = _number("momentum", value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"momentum is {value}, and must be from 0 to 1: the weight of the new batch")
+    return value  # type: ignore[no-any-return]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} is {value!r}, and must be a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, and must be a number") from None
+
+
+def positive(name: str, value: Any) -> int:
+    """An integer of at least 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, and must be an integer") from None
+    if number < 1:
+        raise ValueError(f"{name} is {number}, and must be at least 1")
+    return number
+
+
+def enough_values(count: int, shape: tuple[int, ...]) -> None:
+    """Training needs two values a channel: one has no variance."""
+    if count == 1:
+        raise ValueError(f"x has shape {shape}: one value a channel, and training must have at least 2")
+
+
+def same(name: str, array: Array, x: Array) -> None:
+    """`array` must have x's shape and dtype."""
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}, and must have x's shape {x.shape}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, and must have x's dtype {x.dtype}")
+
+
+def output(name: str, out: Any, x: Array) -> None:
+    """`out` must be a writeable ndarray of x's shape and dtype."""
+    if type(out) is not np.ndarray:
+        raise TypeError(f"{name} is a {type(out).__name__}, and must be an ndarray")
+    same(name, out, x)
+    if not out.flags.writeable:
+        raise ValueError(f"{name} is read-only, and must be writeable")
+
+
+def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: str | None = None) -> None:
+    """`out` must not share memory with an input, unless it is exactly the one named by `same_as`."""
+    if out is None:
+        return
+    for other, array in others.items():
+        if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
+            if other == same_as and _is_exactly(out, array):
+                continue
+            exact = f", or be {same_as} itself" if same_as else ""
+            raise ValueError(f"{name} overlaps {other} in memory, and must not{exact}")
+
+
+def _is_exactly(a: Array, b: Array) -> bool:
+    return a is b or (
+        a.__array_interface__["data"] == b.__array_interface__["data"] and a.shape == b.shape and a.strides == b.strides
+    )
+
+
+def parameter_dtype(dtype: Any) -> np.dtype[Any]:
+    """float32 or float64, native."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}, and must be float32 or float64") from None
+    if found != F32 and found != F64:
+        raise TypeError(f"dtype is {found}, and must be float32 or float64")
+    return found
+
+
+def features(x: Any, axis: int, num_features: int) -> None:
+    """x must have the layer's number of channels."""
+    shape = np.shape(x)
+    ndim = len(shape)
+    if -ndim <= axis < ndim and shape[axis] != num_features:
+        raise ValueError(f"x has shape {shape}, and must have {num_features} channels (num_features) along axis {axis}")
+
+
+def state(name: str, value: Any, mine: Array) -> Array:
+    """A value for a layer's state: of the right shape, and a number."""
+    array = np.asarray(value)
+    if array.shape != mine.shape:
+        raise ValueError(f"{name} has shape {array.shape} in state, and must have shape {mine.shape}")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {array.dtype} in state, and must be real numbers")
+    return array

@@ -1,0 +1,183 @@
+"""BatchNorm: parameters, running statistics, train() and eval(), backward()."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .backends import kernels
+from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_forward
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class BatchNorm:
+    """Batch normalization of any array of 2 to 5 axes, with torch's names and defaults.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels.
+    eps : float
+        Added to the variance.
+    momentum : float from 0 to 1
+        The weight of the new batch in the running statistics.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics; without them the batch's own serve in eval mode too.
+    axis : int
+        The channel axis: 1 for NC and NCHW, -1 for channels-last.
+    dtype : {float32, float64}
+        Of the parameters and the running statistics. Data of either type is accepted.
+
+    Attributes
+    ----------
+    weight, bias : ndarray, shape (num_features,), or None
+    running_mean, running_var : ndarray, shape (num_features,), or None
+    num_batches_tracked : int or None
+    grad_weight, grad_bias : ndarray, shape (num_features,), or None
+        Of the last `backward`.
+    training : bool
+
+    References
+    ----------
+    Ioffe and Szegedy (2015), Algorithms 1 and 2.
+    """
+
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: int | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        axis: int = 1,
+        dtype: Any = np.float32,
+    ) -> None:
+        self.num_features = checks.positive("num_features", num_features)
+        self.eps = checks.eps(eps)
+        self.momentum = checks.momentum(momentum)
+        self.axis = axis
+        self.dtype = checks.parameter_dtype(dtype)
+        self.training = True
+        self.weight = np.ones(num_features, self.dtype) if affine else None
+        self.bias = np.zeros(num_features, self.dtype) if affine else None
+        self.running_mean = np.zeros(num_features, self.dtype) if track_running_stats else None
+        self.running_var = np.ones(num_features, self.dtype) if track_running_stats else None
+        self.num_batches_tracked = 0 if track_running_stats else None
+        self.grad_weight: Array | None = None
+        self.grad_bias: Array | None = None
+        self._saved: Saved | None = None
+
+    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+        """y, of x's shape, dtype and memory order.
+
+        In training: by the batch's statistics, which also update the running ones; `backward` may follow. In eval mode: by the
+        running statistics, and nothing is kept for `backward`.
+
+        Parameters
+        ----------
+        x : ndarray of float32 or float64, 2 to 5 axes, num_features long along `axis`
+        out : ndarray, optional
+            Where to write; in training it must not share memory with x.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument; the layer is then as it was.
+        """
+        checks.features(x, self.axis, self.num_features)
+        if not self.training:
+            y = batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias,
+                training=self.running_mean is None, eps=self.eps, axis=self.axis, out=out,
+            )  # fmt: skip
+            self._saved = None
+            return y
+        running = checks.running(self.running_mean, self.running_var, self.num_features, update=True)
+        y, saved = batch_norm_forward(x, self.weight, self.bias, eps=self.eps, axis=self.axis, out=out)
+        if self.num_batches_tracked is not None and saved.layout.count:
+            kernels().update_running_stats(*running, saved.mean, saved.var, self.momentum, saved.layout.count)
+            self.num_batches_tracked += 1
+        self._saved = saved
+        return y
+
+    def backward(self, dy: Any, *, out: Array | None = None) -> Array:
+        """dx, leaving `grad_weight` and `grad_bias`.
+
+        Parameters
+        ----------
+        dy : ndarray of y's shape and dtype
+        out : ndarray, optional
+            Where to write dx; may be dy itself.
+
+        Raises
+        ------
+        ValueError
+            Before any forward pass in training mode, or after one in eval mode, which keeps nothing.
+        """
+        if self._saved is None:
+            raise ValueError(
+                "backward has nothing to go back over: the last call must be one in training mode "
+                "(eval mode keeps nothing; batch_norm_eval_forward does)"
+            )
+        dx, self.grad_weight, self.grad_bias = batch_norm_backward(dy, self._saved, out=out)
+        return dx
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Normalize by the batch's statistics from now on (or, with ``mode=False``, by the running ones)."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Normalize by the running statistics from now on."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, variance 1, no batches tracked, as at the start."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean[...] = 0
+            self.running_var[...] = 1
+            self.num_batches_tracked = 0
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters and statistics under torch's names; those that the layer does not have are absent."""
+        return {name: np.array(getattr(self, name)) for name in STATE if getattr(self, name) is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take parameters and statistics from a `state_dict` (ours, or torch's as NumPy arrays).
+
+        Raises
+        ------
+        ValueError
+            Naming the keys that are missing or not known, or the shape that is wrong; the layer is then as it was.
+        """
+        mine = self.state_dict()
+        missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        if missing or unknown:
+            raise ValueError(f"state lacks {missing} and has unknown {unknown}; it must have exactly {list(mine)}")
+        new = {name: checks.state(name, state[name], mine[name]) for name in mine}
+        for name, value in new.items():
+            if name == "num_batches_tracked":
+                self.num_batches_tracked = int(value)
+            else:
+                getattr(self, name)[...] = value
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}, "
+            f"track_running_stats={self.running_mean is not None}, axis={self.axis}, dtype={self.dtype})"
+        )

@@ -1,0 +1,79 @@
+"""Builds the Cython kernels: the same source once per instruction set.
+
+Each extension is optional: where there is no compiler, fastbn installs without it and the Numba or the NumPy
+kernels serve. Where the compiler knows no OpenMP, the kernels are built single-threaded.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = "fastbn/_kernels/cython_cpu"
+
+# Module name → the flag that allows its instruction set. Never -march=native: a wheel travels.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+
+# -ffp-contract=off and no fast-math: the same bits from every instruction set. The vector types that
+# the block primitives pass around stay inside one file, so gcc's note on their calling convention does not apply.
+COMPILE = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+
+class BuildExt(build_ext):
+    def build_extensions(self):
+        if self.compiler.compiler_type == "msvc":
+            print("fastbn: the kernels need gcc or clang; installing without them", file=sys.stderr)
+            self.extensions = []
+            return
+        openmp = self.openmp_flags()
+        for extension in self.extensions:
+            extension.extra_compile_args = COMPILE + INSTRUCTION_SETS[extension.name.rsplit(".", 1)[1]] + openmp
+            extension.extra_link_args = openmp
+        super().build_extensions()
+
+    def openmp_flags(self):
+        """The first way of asking for OpenMP that this compiler and linker accept, or none."""
+        for flags in (["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]):
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder, "probe.c")
+                source.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
+                try:
+                    objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                    self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=flags)
+                except Exception:  # distutils raises many kinds; each means "not this way"
+                    continue
+                return flags
+        print("fastbn: no OpenMP here; the kernels will use one thread", file=sys.stderr)
+        return []
+
+
+def extensions():
+    if os.environ.get("FASTBN_NO_EXTENSIONS"):  # a plain Python install, on purpose
+        return []
+    import numpy
+    from Cython.Build import cythonize
+
+    headers = [str(path) for path in sorted(Path(FOLDER).glob("*.h"))] + [f"{FOLDER}/drivers.pxi"]
+    return cythonize(
+        [
+            Extension(
+                f"fastbn._kernels.cython_cpu.{name}",
+                [f"{FOLDER}/{name}.pyx"],
+                include_dirs=[numpy.get_include(), FOLDER],
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+                depends=headers,
+                optional=True,
+            )
+            for name in INSTRUCTION_SETS
+        ],
+        compiler_directives={"language_level": 3},
+    )
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
