@@ -72,7 +72,7 @@ def extensions():
             )
             for name in INSTRUCTION_SETS
         ],
-        compiler_directives={"language_level": 3},
+        compiler_directives={"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False},
     )
 
 

@@ -1,0 +1,146 @@
+/* The block primitives: all arithmetic on elements, for one thread, on data that fits a cache.
+ *
+ *     moments     s = Σ (x − p),  q = Σ (x − p)²;  mean = p + s/n,  m2 = q − s²/n      (p: a pivot near the mean)
+ *     merge       Chan, Golub and LeVeque (1983): two (count, mean, m2) into one, in float64
+ *     normalize   y  = (x − hi)·a + b                      a = weight/σ,  hi + lo = mean,  b = bias − lo·a
+ *     gradient    Σ dy,  Σ dy·(x − mean)
+ *     input grad. dx = (dy − m)·a − (x − hi)·k + c         (../README.md derives m, k and c)
+ *
+ * Design:
+ * - Same bits from every instruction set. Sums run in a fixed number of lanes (128 bytes' worth) or, for columns, in
+ *   one accumulator a column; how many native vectors make the lanes is the compiler's affair. No fused
+ *   multiply-add, no reassociation: see setup.py's flags.
+ * - Sums are kept in the data's own type, about a pivot taken from the block itself, and leave the block as float64.
+ *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/4), or where a square
+ *   overflowed or vanished, is done again in two sweeps of float64. The choice depends on the data alone.
+ * - mean = hi + lo: subtracting hi is exact where it matters (x near the mean), and lo's share is folded into b.
+ * - Two shapes of data. RUNS: a channel's values lie contiguous, `len` at a time (NCHW with large planes). COLUMNS: `rows` rows
+ *   of `cols` values, where one column belongs to one channel and `inner` neighbouring columns share one (NHWC: inner = 1; NCHW
+ *   with small planes: a column a pixel, so that no plane pays for a horizontal sum or a remainder).
+ * - The generic code below is included once per element type T; FN(name) is name with the type in front. */
+#ifndef FASTBN_BLOCKS_H
+#define FASTBN_BLOCKS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements */
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#define LANE_BYTES 128                            /* the lanes of a run's sums, on every instruction set */
+#define UNIT_BYTES 64                             /* half of them: the step in which a run is cut up */
+#define VECTORS_A_UNIT (UNIT_BYTES / VECTOR_BYTES)
+
+#define BLOCK 8192                                /* elements a block of runs sums before it merges */
+#define BLOCK_ROWS 256                            /* rows a block of columns sums before it merges */
+#define MAX_COLUMNS 1024                          /* columns of a tile: their sums stay in L1 */
+
+/* A (count, mean, m2); counts are exact in a double up to 2⁵³. */
+typedef struct { double count, mean, m2; } moments_t;
+
+static inline moments_t merge(moments_t a, moments_t b)
+{
+    if (a.count == 0) return b;
+    if (b.count == 0) return a;
+    double count = a.count + b.count, delta = b.mean - a.mean;
+    moments_t m = {count, a.mean + delta * (b.count / count), a.m2 + b.m2 + delta * delta * (a.count * (b.count / count))};
+    return m;
+}
+
+/* The same for n channels at once, all of one count: a takes b in. */
+static inline double merge_columns(idx n, double count_a, double *mean_a, double *m2_a,
+                                   double count_b, const double *mean_b, const double *m2_b)
+{
+    if (count_a == 0) {
+        memcpy(mean_a, mean_b, (size_t)n * sizeof(double));
+        memcpy(m2_a, m2_b, (size_t)n * sizeof(double));
+        return count_b;
+    }
+    double count = count_a + count_b, share = count_b / count, cross = count_a * share;
+    for (idx c = 0; c < n; c++) {
+        double delta = mean_b[c] - mean_a[c];
+        mean_a[c] += delta * share;
+        m2_a[c] += m2_b[c] + delta * delta * cross;
+    }
+    return count;
+}
+
+/* A parameter vector of either type, or none (its default then stands). */
+typedef struct { const float *f32; const double *f64; double otherwise; } param_t;
+
+static inline double param_at(param_t p, idx c)
+{
+    return p.f32 ? (double)p.f32[c] : p.f64 ? p.f64[c] : p.otherwise;
+}
+
+/* A vector of results of either type. */
+typedef struct { float *f32; double *f64; } result_t;
+
+static inline void result_set(result_t r, idx c, double value)
+{
+    if (r.f32) r.f32[c] = (float)value;
+    else if (r.f64) r.f64[c] = value;
+}
+
+static inline double inverse_std(double var, double eps) { return 1.0 / sqrt(var + eps); }
+
+static inline idx least(idx a, idx b) { return a < b ? a : b; }
+
+/* How a channel's runs are cut into blocks: by the shape alone. A long plane is cut into pieces,
+ * short planes are taken several at a time. */
+typedef struct { idx outer, channels, inner, pieces, planes, blocks; } runs_t;
+
+static inline runs_t runs_of(idx outer, idx channels, idx inner)
+{
+    runs_t r = {outer, channels, inner, 1, 1, 0};
+    if (inner > BLOCK) r.pieces = (inner + BLOCK - 1) / BLOCK;
+    else r.planes = BLOCK / inner;
+    r.blocks = r.pieces > 1 ? outer * r.pieces : (outer + r.planes - 1) / r.planes;
+    return r;
+}
+
+/* One block: `runs` runs of `len` elements, the first at `offset`, `stride` apart. */
+typedef struct { idx offset, runs, stride, len; } block_t;
+
+static inline block_t block_at(const runs_t *r, idx channel, idx block)
+{
+    idx stride = r->channels * r->inner;
+    if (r->pieces > 1) {
+        idx plane = block / r->pieces, start = (block % r->pieces) * BLOCK;
+        block_t b = {plane * stride + channel * r->inner + start, 1, stride, least(BLOCK, r->inner - start)};
+        return b;
+    }
+    idx plane = block * r->planes;
+    block_t b = {plane * stride + channel * r->inner, least(r->planes, r->outer - plane), stride, r->inner};
+    return b;
+}
+
+/* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */
+typedef struct { idx channels, inner, ld; } tile_t;
+
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+
+#define T float
+#define FN(name) CAT(f32_, name)
+#define TINY 1e-30                                /* mean squares under this have lost digits in T */
+#include "blocks_generic.h"
+
+#define T double
+#define FN(name) CAT(f64_, name)
+#define TINY 1e-290
+#include "blocks_generic.h"
+
+#endif

@@ -1,0 +1,338 @@
+# The parallel drivers: they walk tasks over threads, and hold no arithmetic on elements. One module per instruction set
+# includes this file (baseline.pyx, x86_64_v3.pyx, x86_64_v4.pyx). The interface is reference.py's.
+#
+# Thread t of n takes the t-th of n equal stretches of the tasks. It takes the same stretch in a call's second step, walked
+# backwards, so that it begins with what its own cache still holds.
+
+cimport cython
+cimport numpy as np
+from cython.parallel cimport prange
+from libc.stdlib cimport free, malloc
+
+np.import_array()
+
+ctypedef Py_ssize_t idx
+
+cdef extern from "tasks.h":
+    ctypedef struct param_t:
+        const float *f32
+        const double *f64
+        double otherwise
+    ctypedef struct result_t:
+        float *f32
+        double *f64
+    ctypedef struct call_t:
+        bint f64
+        idx outer, channels, inner
+        const void *x
+        const void *dy
+        void *out
+        param_t at_mean, at_var, weight, bias
+        double eps
+        bint batch
+        double *mean
+        double *second
+        bint to_var
+        result_t grad_weight, grad_bias
+        bint fused
+        bint streaming
+        idx tiles, chunks
+        void *coefs
+        double *part_mean
+        double *part_second
+    ctypedef void (*task_t)(const call_t *, idx) noexcept nogil
+    call_t no_call() noexcept nogil
+    void read_caches() noexcept nogil
+    void plan(call_t *, int, int) noexcept nogil
+    idx apply_parts(const call_t *) noexcept nogil
+    void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
+    void moments_tile(const call_t *, idx) noexcept nogil
+    void moments_part(const call_t *, idx) noexcept nogil
+    void merge_moments_tile(const call_t *, idx) noexcept nogil
+    void coefs_tile(const call_t *, idx) noexcept nogil
+    void normalize_part(const call_t *, idx) noexcept nogil
+    void forward_tile(const call_t *, idx) noexcept nogil
+    void gradient_tile(const call_t *, idx) noexcept nogil
+    void gradient_part(const call_t *, idx) noexcept nogil
+    void merge_gradient_tile(const call_t *, idx) noexcept nogil
+    void slopes_tile(const call_t *, idx) noexcept nogil
+    void slope_part(const call_t *, idx) noexcept nogil
+    void backward_tile(const call_t *, idx) noexcept nogil
+    void limit_part(const call_t *, idx) noexcept nogil
+    int BLOCK
+
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #include <omp.h>
+    #define OPENMP_VERSION _OPENMP
+    #else
+    #define OPENMP_VERSION 0
+    #endif
+    #if defined(__x86_64__)
+    #define MACHINE_HAS_V3 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    #define MACHINE_HAS_V4 (MACHINE_HAS_V3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \\
+        && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    #define BASELINE_NAME "x86-64"
+    #else
+    #define MACHINE_HAS_V3 0
+    #define MACHINE_HAS_V4 0
+    #define BASELINE_NAME "baseline"
+    #endif
+    #if defined(__AVX512F__)
+    #define BUILT_FOR "x86-64-v4"
+    #elif defined(__AVX2__)
+    #define BUILT_FOR "x86-64-v3"
+    #else
+    #define BUILT_FOR BASELINE_NAME
+    #endif
+    """
+    int OPENMP_VERSION, MACHINE_HAS_V3, MACHINE_HAS_V4
+    const char *BASELINE_NAME
+    const char *BUILT_FOR
+
+read_caches()
+
+NAME = "cython"
+INSTRUCTION_SET = BUILT_FOR.decode()
+
+
+def machine_runs():
+    """The instruction sets that this machine's processor has, the richest first."""
+    sets = ["x86-64-v4"] if MACHINE_HAS_V4 else []
+    if MACHINE_HAS_V3:
+        sets.append("x86-64-v3")
+    return [*sets, BASELINE_NAME.decode()]
+
+
+def openmp():
+    """The OpenMP that the kernels were built with."""
+    if OPENMP_VERSION == 0:
+        return "none: the compiler had no OpenMP, and the kernels run on one thread"
+    return f"OpenMP {OPENMP_VERSION // 100}-{OPENMP_VERSION % 100:02d} of the compiler that built the kernels"
+
+
+# Fewer elements than this are done sooner by the caller alone than by a team.
+cdef idx TEAM = 32768
+
+
+# ---- driving ----
+
+cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:
+    cdef int t
+    if threads > tasks:
+        threads = <int>tasks
+    if threads <= 1:
+        walk(task, k, 0, tasks, backwards)
+        return
+    for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+        walk(task, k, t * tasks // threads, (t + 1) * tasks // threads, backwards)
+
+
+cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads) noexcept nogil:
+    """The plan, and the number of threads that the work is worth."""
+    k.outer, k.channels, k.inner = outer, channels, inner
+    if outer * channels * inner < TEAM:
+        threads = 1
+    plan(k, threads, reads)
+    return threads
+
+
+cdef double *scratch(call_t *k, bint parts) except NULL:
+    """Coefficients, and a place for the parts' sums; one allocation, of channels and not of elements."""
+    cdef idx sums = 2 * k.chunks * k.channels if parts else 0
+    cdef double *memory = <double *>malloc((sums + 7 * k.channels) * sizeof(double))
+    if memory == NULL:
+        raise MemoryError("fastbn: no memory for a call's scratch")
+    k.coefs = memory + sums
+    k.part_mean, k.part_second = memory, memory + sums // 2
+    return memory
+
+
+# ---- arrays: checked by the caller, contiguous, of the right length ----
+
+cdef inline void *data(np.ndarray array) noexcept:
+    return np.PyArray_DATA(array)
+
+
+cdef inline param_t param(np.ndarray array, double otherwise) noexcept:
+    cdef param_t p
+    p.f32, p.f64, p.otherwise = NULL, NULL, otherwise
+    if array is not None:
+        if np.PyArray_TYPE(array) == np.NPY_FLOAT32:
+            p.f32 = <const float *>data(array)
+        else:
+            p.f64 = <const double *>data(array)
+    return p
+
+
+cdef inline param_t param_of(const double *values) noexcept:
+    cdef param_t p
+    p.f32, p.f64, p.otherwise = NULL, values, 0
+    return p
+
+
+cdef inline result_t result(np.ndarray array) noexcept:
+    cdef result_t r
+    r.f32, r.f64 = NULL, NULL
+    if np.PyArray_TYPE(array) == np.NPY_FLOAT32:
+        r.f32 = <float *>data(array)
+    else:
+        r.f64 = <double *>data(array)
+    return r
+
+
+cdef inline void take(call_t *k, np.ndarray x) noexcept:
+    k.f64 = np.PyArray_TYPE(x) == np.NPY_FLOAT64
+    k.x = data(x)
+
+
+# ---- the kernels ----
+
+def moments(np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray m2, int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.mean, k.second = <double *>data(mean), <double *>data(m2)
+    threads = prepare(&k, outer, channels, inner, threads, 1)
+    cdef double *memory = scratch(&k, not k.fused)
+    with nogil:
+        if k.fused:
+            run(moments_tile, &k, k.tiles, threads, False)
+        else:
+            moments_split(&k, threads)
+        free(memory)
+
+
+cdef void moments_split(call_t *k, int threads) noexcept nogil:
+    run(moments_part, k, k.chunks * k.tiles, threads, False)
+    run(merge_moments_tile, k, k.tiles, threads if k.chunks * k.channels > TEAM else 1, False)
+
+
+def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray var,
+              np.ndarray weight, np.ndarray bias, double eps, int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.out = data(y)
+    k.at_mean, k.at_var = param(mean, 0), param(var, 1)
+    k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
+    threads = prepare(&k, outer, channels, inner, threads, 1)
+    cdef double *memory = scratch(&k, False)
+    with nogil:
+        run(coefs_tile, &k, k.tiles, 1, False)
+        run(normalize_part, &k, apply_parts(&k), threads, False)
+        free(memory)
+
+
+def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray weight, np.ndarray bias,
+            double eps, np.ndarray mean, np.ndarray var, int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.out = data(y)
+    k.mean, k.second, k.to_var = <double *>data(mean), <double *>data(var), True
+    k.at_mean, k.at_var = param_of(k.mean), param_of(k.second)
+    k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
+    threads = prepare(&k, outer, channels, inner, threads, 1)
+    cdef double *memory = scratch(&k, not k.fused)
+    with nogil:
+        if k.fused:
+            run(forward_tile, &k, k.tiles, threads, False)
+        else:
+            moments_split(&k, threads)
+            run(coefs_tile, &k, k.tiles, 1, False)
+            run(normalize_part, &k, apply_parts(&k), threads, True)
+        free(memory)
+
+
+def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean,
+                     np.ndarray sum_dy, np.ndarray sum_dy_xmu, int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.dy = data(dy)
+    k.at_mean, k.at_var = param(mean, 0), param(None, 1)
+    k.mean, k.second = <double *>data(sum_dy), <double *>data(sum_dy_xmu)
+    threads = prepare(&k, outer, channels, inner, threads, 2)
+    cdef double *memory = scratch(&k, not k.fused)
+    with nogil:
+        if k.fused:
+            run(gradient_tile, &k, k.tiles, threads, False)
+        else:
+            gradient_split(&k, threads)
+        free(memory)
+
+
+cdef void gradient_split(call_t *k, int threads) noexcept nogil:
+    run(gradient_part, k, k.chunks * k.tiles, threads, False)
+    run(merge_gradient_tile, k, k.tiles, threads if k.chunks * k.channels > TEAM else 1, False)
+
+
+def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels, idx inner, np.ndarray mean,
+                   np.ndarray var, np.ndarray weight, double eps, np.ndarray sum_dy, np.ndarray sum_dy_xmu, int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.dy, k.out, k.batch = data(dy), data(dx), True
+    k.at_mean, k.at_var = param(mean, 0), param(var, 1)
+    k.weight, k.eps = param(weight, 1), eps
+    k.mean, k.second = <double *>data(sum_dy), <double *>data(sum_dy_xmu)
+    threads = prepare(&k, outer, channels, inner, threads, 2)
+    cdef double *memory = scratch(&k, False)
+    with nogil:
+        run(slopes_tile, &k, k.tiles, 1, False)
+        run(slope_part, &k, apply_parts(&k), threads, False)
+        free(memory)
+
+
+def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels, idx inner, np.ndarray mean,
+             np.ndarray var, np.ndarray weight, double eps, np.ndarray grad_weight, np.ndarray grad_bias, bint batch,
+             int threads):
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.dy, k.out, k.batch = data(dy), data(dx), batch
+    k.at_mean, k.at_var = param(mean, 0), param(var, 1)
+    k.weight, k.eps = param(weight, 1), eps
+    k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
+    threads = prepare(&k, outer, channels, inner, threads, 2)
+    cdef double *memory = scratch(&k, not k.fused)
+    k.mean, k.second = <double *>k.coefs + 5 * channels, <double *>k.coefs + 6 * channels
+    with nogil:
+        if k.fused:
+            run(backward_tile, &k, k.tiles, threads, False)
+        else:
+            gradient_split(&k, threads)
+            run(slopes_tile, &k, k.tiles, 1, False)
+            run(slope_part, &k, apply_parts(&k), threads, True)
+        free(memory)
+
+
+cdef inline void blend(np.ndarray running, idx c, double batch, double momentum) noexcept:
+    cdef float *f32
+    cdef double *f64
+    # By stride: a running statistic may be a view, and is updated in place.
+    if np.PyArray_TYPE(running) == np.NPY_FLOAT32:
+        f32 = <float *>np.PyArray_GETPTR1(running, c)
+        f32[0] = <float>((1 - momentum) * f32[0] + momentum * batch)
+    else:
+        f64 = <double *>np.PyArray_GETPTR1(running, c)
+        f64[0] = (1 - momentum) * f64[0] + momentum * batch
+
+
+def update_running_stats(np.ndarray running_mean, np.ndarray running_var, np.ndarray mean, np.ndarray var,
+                         double momentum, idx count):
+    cdef double unbiased = <double>count / <double>(count - 1)
+    cdef const double *batch_mean = <const double *>data(mean)
+    cdef const double *batch_var = <const double *>data(var)
+    cdef idx c
+    for c in range(np.PyArray_DIM(mean, 0)):
+        blend(running_mean, c, batch_mean[c], momentum)
+        blend(running_var, c, batch_var[c] * unbiased, momentum)
+
+
+def limit(np.ndarray x, np.ndarray other, np.ndarray out, bint streaming, int threads):
+    """out = x, or x + other: what memory allows, for benchmarks to be held against."""
+    cdef call_t k = no_call()
+    take(&k, x)
+    k.dy = NULL if other is None else data(other)
+    k.out, k.streaming = data(out), streaming
+    k.outer = k.channels = 1
+    k.inner = np.PyArray_SIZE(x)
+    with nogil:
+        run(limit_part, &k, (k.inner + BLOCK - 1) // BLOCK, threads, False)

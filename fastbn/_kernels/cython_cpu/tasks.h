@@ -1,0 +1,150 @@
+/* A call, its plan and its tasks: what a driver hands to threads. No task knows of threads or of other tasks.
+ *
+ * A TILE is a few channels over the whole batch; a PART is a piece of the batch for a few channels. Statistics that
+ * are gathered by tile or by part and merged in order are the same sums in the same order, so the plan may choose by speed:
+ *
+ *     fused   one task a tile does everything, the second step while the tile is in cache:   forward_tile, backward_tile
+ *     split   all parts, then all tiles (merge), then all parts, last part first:            moments_part, merge_moments_tile,
+ *                                                                                            normalize_part …
+ *
+ * Split serves where there are too few channels for the threads, or where even a narrow tile would not stay in cache. */
+#ifndef FASTBN_TASKS_H
+#define FASTBN_TASKS_H
+
+#include <stdlib.h>
+#include <unistd.h>
+#include "blocks.h"
+
+typedef struct {
+    /* IN: the arrays, (outer, channels, inner) elements of float or, if f64, of double */
+    int f64;
+    idx outer, channels, inner;
+    const void *x, *dy;
+    void *out; /* OUT: y or dx */
+    /* statistics by which to normalize; where a call computes them, they are `mean` and `second` below */
+    param_t at_mean, at_var;
+    param_t weight, bias;
+    double eps;
+    int batch; /* backward: the statistics were the batch's own */
+    /* OUT: the sums of a channel (mean and m2, which a forward makes var; or Σdy and Σdy·(x − mean)) */
+    double *mean, *second;
+    int to_var;
+    result_t grad_weight, grad_bias;
+    /* the plan */
+    int columns, fused, streaming;
+    runs_t runs;
+    idx tile, tiles;   /* channels a tile */
+    idx chunk, chunks; /* rows (or, with runs, blocks) a part */
+    /* scratch */
+    void *coefs;                 /* 5 vectors of channels elements */
+    double *part_mean, *part_second; /* chunks × channels */
+} call_t;
+
+static call_t no_call(void)
+{
+    call_t k;
+    memset(&k, 0, sizeof k);
+    return k;
+}
+
+/* Cache sizes in bytes, read from the system once. */
+static idx level2_cache, last_level_cache;
+
+static void read_caches(void)
+{
+    long l2 = 0, l3 = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    level2_cache = l2 > 0 ? l2 : (idx)1 << 19;
+    last_level_cache = l3 > 0 ? l3 : l2 > 0 ? l2 : (idx)1 << 23;
+}
+
+/* Planes under this many elements are served as columns, given the images to make that worth while. */
+#define SMALL_PLANE 512
+
+/* Chooses tiles and parts. `reads`: tensors that a step reads; only the work's division depends on `threads`. */
+static void plan(call_t *k, int threads, int reads)
+{
+    idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
+    k->columns = k->inner == 1 || (k->inner < SMALL_PLANE && k->outer >= 8);
+    k->streaming = elements * size > last_level_cache;
+    if (!k->columns) {
+        k->runs = runs_of(k->outer, k->channels, k->inner);
+        k->tile = 1;
+        k->tiles = k->channels;
+        k->chunks = k->runs.blocks;
+        k->chunk = 1;
+        k->fused = k->channels >= 4 * threads;
+        return;
+    }
+    idx rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
+    k->chunk = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    k->chunks = (k->outer + k->chunk - 1) / k->chunk;
+
+    idx fits = level2_cache / 2 / (reads * size * k->outer); /* columns of a tile that stays in cache */
+    k->fused = fits >= least(columns, 64);
+    idx width = MAX_COLUMNS;
+    if (k->fused) {
+        idx eighth = (columns / 8 + 15) / 16 * 16; /* enough tiles to share out */
+        if (eighth < 64) eighth = 64;
+        width = least(least(fits, eighth), MAX_COLUMNS);
+    }
+    k->tile = width / k->inner > 0 ? width / k->inner : 1;
+    k->tiles = (k->channels + k->tile - 1) / k->tile;
+}
+
+static inline tile_t tile_of(const call_t *k, idx i, idx *first)
+{
+    *first = i * k->tile;
+    tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner};
+    return t;
+}
+
+/* The parts of a step that only writes: pieces of memory in order. */
+static inline idx apply_parts(const call_t *k)
+{
+    return k->columns ? k->chunks * k->tiles : k->outer * k->channels * k->runs.pieces;
+}
+
+#define T float
+#define FN(name) CAT(f32_, name)
+#include "tasks_generic.h"
+
+#define T double
+#define FN(name) CAT(f64_, name)
+#include "tasks_generic.h"
+
+typedef void (*task_t)(const call_t *, idx);
+
+#define TASK(name)                                                                                                     \
+    static void name(const call_t *k, idx i)                                                                           \
+    {                                                                                                                  \
+        if (k->f64) f64_##name(k, i);                                                                                  \
+        else f32_##name(k, i);                                                                                         \
+    }
+TASK(moments_tile)
+TASK(moments_part)
+TASK(merge_moments_tile)
+TASK(coefs_tile)
+TASK(normalize_part)
+TASK(forward_tile)
+TASK(gradient_tile)
+TASK(gradient_part)
+TASK(merge_gradient_tile)
+TASK(slopes_tile)
+TASK(slope_part)
+TASK(backward_tile)
+TASK(limit_part)
+
+/* Tasks [first, last), in order or from the last to the first. */
+static void walk(task_t task, const call_t *k, idx first, idx last, int backwards)
+{
+    for (idx i = first; i < last; i++) task(k, backwards ? first + last - 1 - i : i);
+#if defined(__x86_64__)
+    if (k->streaming) _mm_sfence();
+#endif
+}
+
+#endif
