@@ -1,15 +1,31 @@
 /* The block primitives for one element type T; blocks.h includes this once per type and says what it is. */
 
 #define VEC FN(vec)
+#define NARROW FN(vec16)
 #define WIDTH ((idx)(VECTOR_BYTES / sizeof(T)))   /* elements of a native vector */
+#define NARROW_WIDTH ((idx)(16 / sizeof(T)))
 #define UNIT ((idx)(UNIT_BYTES / sizeof(T)))
 #define LANES ((idx)(LANE_BYTES / sizeof(T)))
 
 typedef T VEC __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+typedef T NARROW __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
 
+static inline T FN(load1)(const T *p) { return *p; }
+static inline NARROW FN(load16)(const T *p) { return *(const NARROW *)p; }
 static inline VEC FN(load)(const T *p) { return *(const VEC *)p; }
+static inline void FN(store1)(T *p, T v) { *p = v; }
+static inline void FN(store16)(T *p, NARROW v) { *(NARROW *)p = v; }
 static inline void FN(store)(T *p, VEC v) { *(VEC *)p = v; }
-static inline VEC FN(all)(T value) { return value - (VEC){0}; }
+
+/* Stores that do not read the line first; p is aligned. */
+static inline void FN(stream16)(T *p, NARROW v)
+{
+#if defined(__x86_64__)
+    _mm_stream_si128((void *)p, (__m128i)v);
+#else
+    FN(store16)(p, v);
+#endif
+}
 
 static inline void FN(stream)(T *p, VEC v)
 {
@@ -17,19 +33,40 @@ static inline void FN(stream)(T *p, VEC v)
     _mm512_stream_si512((void *)p, (__m512i)v);
 #elif defined(__AVX2__)
     _mm256_stream_si256((void *)p, (__m256i)v);
-#elif defined(__x86_64__)
-    _mm_stream_si128((void *)p, (__m128i)v);
 #else
-    FN(store)(p, v);
+    FN(stream16)(p, v);
 #endif
 }
 
-/* Elements before p reaches a native vector's alignment. */
-static inline idx FN(misaligned)(const T *p, idx len)
+/* Elements before p + i is aligned to `bytes`, at most len; len where it never is. */
+static inline idx FN(misaligned)(const T *p, idx len, uintptr_t bytes)
 {
-    idx bytes = (idx)(-(uintptr_t)p % VECTOR_BYTES);
-    return bytes % (idx)sizeof(T) ? len : least(len, bytes / (idx)sizeof(T));
+    uintptr_t off = -(uintptr_t)p % bytes;
+    return off % sizeof(T) ? len : least(len, (idx)(off / sizeof(T)));
 }
+
+/* The element-wise loop: out[i] = FORMULA(load, i) for i from 0 to len. Single elements and narrow vectors until the output is
+ * aligned, whole vectors, and the same at the end: a store or load that straddles two cache lines costs two. AHEAD(i) asks for
+ * what the hardware does not foresee. */
+#define STEP(LOAD, STORE, count)                                                                                       \
+    {                                                                                                                  \
+        STORE(out + i, FORMULA(LOAD, i));                                                                              \
+        i += count;                                                                                                    \
+    }
+#define SWEEP(STORE, STORE16)                                                                                          \
+    {                                                                                                                  \
+        idx i = 0, few = FN(misaligned)(out, len, 16), head = FN(misaligned)(out, len, VECTOR_BYTES);                  \
+        while (i < few) STEP(FN(load1), FN(store1), 1)                                                                 \
+        while (i + NARROW_WIDTH <= head) STEP(FN(load16), STORE16, NARROW_WIDTH)                                       \
+        while (i + WIDTH <= len) {                                                                                     \
+            AHEAD(i)                                                                                                   \
+            STEP(FN(load), STORE, WIDTH)                                                                               \
+        }                                                                                                              \
+        while (i + NARROW_WIDTH <= len) STEP(FN(load16), STORE16, NARROW_WIDTH)                                        \
+        while (i < len) STEP(FN(load1), FN(store1), 1)                                                                 \
+    }
+#define SWEEP_STORE SWEEP(FN(store), FN(store16))
+#define SWEEP_STREAM SWEEP(FN(stream), FN(stream16))
 
 static inline double FN(sum_lanes)(const T *lane, idx n)
 {
@@ -77,22 +114,23 @@ static inline moments_t FN(moments_runs)(const T *x, block_t b)
     for (idx i = 0; i < few; i++) first += (double)x[i];
     T pivot = (T)(first / (double)few);
 
-    VEC p = FN(all)(pivot), s[V] = {{0}}, q[V] = {{0}};
+    VEC s[V] = {{0}}, q[V] = {{0}};
     T tail_s[16] = {0}, tail_q[16] = {0};
+    const idx next = b.runs > 1 ? b.stride : 0; /* the hardware does not foresee the next plane */
     for (idx r = 0; r < b.runs; r++) {
         const T *run = x + r * b.stride;
         idx i = 0;
-        if (r + 1 < b.runs)
-            for (int l = 0; l < 4; l++) __builtin_prefetch(run + b.stride + l * UNIT);
-        for (; i + LANES <= b.len; i += LANES)
+        for (; i + LANES <= b.len; i += LANES) {
+            for (int l = 0; next && l < 2; l++) __builtin_prefetch(run + next + i + l * UNIT);
             for (int v = 0; v < V; v++) {
-                VEC d = FN(load)(run + i + v * WIDTH) - p;
+                VEC d = FN(load)(run + i + v * WIDTH) - pivot;
                 s[v] += d;
                 q[v] += d * d;
             }
+        }
         if (i + UNIT <= b.len) {
             for (int v = 0; v < VECTORS_A_UNIT; v++) {
-                VEC d = FN(load)(run + i + v * WIDTH) - p;
+                VEC d = FN(load)(run + i + v * WIDTH) - pivot;
                 s[v] += d;
                 q[v] += d * d;
             }
@@ -123,18 +161,17 @@ static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, dou
     k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
 }
 
-/* IN x, OUT y: one run of channel c. y may be x. */
-static inline void FN(apply_run)(const T *x, T *y, idx len, FN(coefs) k, idx c, int streaming)
+#define NOTHING(i)
+
+/* IN x, OUT y: one run of channel c. out may be x. */
+static inline void FN(apply_run)(const T *x, T *out, idx len, FN(coefs) v, idx c, int streaming)
 {
-    VEC hi = FN(all)(k.hi[c]), a = FN(all)(k.a[c]), b = FN(all)(k.b[c]);
-    idx i = 0;
-    if (streaming) {
-        idx head = FN(misaligned)(y, len);
-        for (; i < head; i++) y[i] = (x[i] - k.hi[c]) * k.a[c] + k.b[c];
-        for (; i + WIDTH <= len; i += WIDTH) FN(stream)(y + i, (FN(load)(x + i) - hi) * a + b);
-    }
-    for (; i + WIDTH <= len; i += WIDTH) FN(store)(y + i, (FN(load)(x + i) - hi) * a + b);
-    for (; i < len; i++) y[i] = (x[i] - k.hi[c]) * k.a[c] + k.b[c];
+    const T hi = v.hi[c], a = v.a[c], b = v.b[c];
+#define AHEAD NOTHING
+#define FORMULA(load, i) (load(x + i) - hi) * a + b
+    if (streaming) SWEEP_STREAM else SWEEP_STORE
+#undef FORMULA
+#undef AHEAD
 }
 
 /* Gradient sums of a block about hi, in the data's type or, where that overflowed, in float64. */
@@ -154,27 +191,28 @@ static __attribute__((noinline)) FN(sums) FN(gradient_runs_slow)(const T *dy, co
 static inline FN(sums) FN(gradient_runs)(const T *dy, const T *x, block_t b, T hi)
 {
     enum { V = LANE_BYTES / VECTOR_BYTES };
-    VEC h = FN(all)(hi), s[V] = {{0}}, q[V] = {{0}};
+    VEC s[V] = {{0}}, q[V] = {{0}};
     T tail_s[16] = {0}, tail_q[16] = {0};
+    const idx next = b.runs > 1 ? b.stride : 0; /* the hardware does not foresee the next plane */
     for (idx r = 0; r < b.runs; r++) {
         const T *run = x + r * b.stride, *grad = dy + r * b.stride;
         idx i = 0;
-        if (r + 1 < b.runs)
-            for (int l = 0; l < 4; l++) {
-                __builtin_prefetch(run + b.stride + l * UNIT);
-                __builtin_prefetch(grad + b.stride + l * UNIT);
+        for (; i + LANES <= b.len; i += LANES) {
+            for (int l = 0; next && l < 2; l++) {
+                __builtin_prefetch(run + next + i + l * UNIT);
+                __builtin_prefetch(grad + next + i + l * UNIT);
             }
-        for (; i + LANES <= b.len; i += LANES)
             for (int v = 0; v < V; v++) {
                 VEC g = FN(load)(grad + i + v * WIDTH);
                 s[v] += g;
-                q[v] += g * (FN(load)(run + i + v * WIDTH) - h);
+                q[v] += g * (FN(load)(run + i + v * WIDTH) - hi);
             }
+        }
         if (i + UNIT <= b.len) {
             for (int v = 0; v < VECTORS_A_UNIT; v++) {
                 VEC g = FN(load)(grad + i + v * WIDTH);
                 s[v] += g;
-                q[v] += g * (FN(load)(run + i + v * WIDTH) - h);
+                q[v] += g * (FN(load)(run + i + v * WIDTH) - hi);
             }
             i += UNIT;
         }
@@ -204,56 +242,42 @@ static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, d
     g.c[c] = (T)((mean - (double)g.hi[c]) * k - a * (m - (double)g.m[c]));
 }
 
-/* IN dy, x, OUT dx: one run of channel ch. dx may be dy or x. */
-static inline void FN(slope_run)(const T *dy, const T *x, T *dx, idx len, FN(slopes) g, idx ch,
-                                 int streaming)
+/* IN dy, x, OUT dx: one run of channel ch. out may be dy or x. */
+static inline void FN(slope_run)(const T *dy, const T *x, T *out, idx len, FN(slopes) g, idx ch, int streaming)
 {
-    VEC m = FN(all)(g.m[ch]), a = FN(all)(g.a[ch]), hi = FN(all)(g.hi[ch]), k = FN(all)(g.k[ch]), c = FN(all)(g.c[ch]);
-#define SLOPE_ONE(i) (((dy[i] - g.m[ch]) * g.a[ch] - (x[i] - g.hi[ch]) * g.k[ch]) + g.c[ch])
-#define SLOPE_AT(i) (((FN(load)(dy + i) - m) * a - (FN(load)(x + i) - hi) * k) + c)
-    idx i = 0;
-    if (streaming) {
-        idx head = FN(misaligned)(dx, len);
-        for (; i < head; i++) dx[i] = SLOPE_ONE(i);
-        for (; i + WIDTH <= len; i += WIDTH) FN(stream)(dx + i, SLOPE_AT(i));
-    }
-    for (; i + WIDTH <= len; i += WIDTH) FN(store)(dx + i, SLOPE_AT(i));
-    for (; i < len; i++) dx[i] = SLOPE_ONE(i);
-#undef SLOPE_ONE
-#undef SLOPE_AT
+    const T m = g.m[ch], a = g.a[ch], hi = g.hi[ch], k = g.k[ch], c = g.c[ch];
+#define AHEAD NOTHING
+#define FORMULA(load, i) ((load(dy + i) - m) * a - (load(x + i) - hi) * k) + c
+    if (streaming) SWEEP_STREAM else SWEEP_STORE
+#undef FORMULA
+#undef AHEAD
 }
 
 /* IN dy, OUT dx: one run with fixed statistics, dx = dy·a; x is not read. */
-static inline void FN(scale_run)(const T *dy, T *dx, idx len, T scale, int streaming)
+static inline void FN(scale_run)(const T *dy, T *out, idx len, T a, int streaming)
 {
-    VEC a = FN(all)(scale);
-    idx i = 0;
-    if (streaming) {
-        idx head = FN(misaligned)(dx, len);
-        for (; i < head; i++) dx[i] = dy[i] * scale;
-        for (; i + WIDTH <= len; i += WIDTH) FN(stream)(dx + i, FN(load)(dy + i) * a);
-    }
-    for (; i + WIDTH <= len; i += WIDTH) FN(store)(dx + i, FN(load)(dy + i) * a);
-    for (; i < len; i++) dx[i] = dy[i] * scale;
+#define AHEAD NOTHING
+#define FORMULA(load, i) load(dy + i) * a
+    if (streaming) SWEEP_STREAM else SWEEP_STORE
+#undef FORMULA
+#undef AHEAD
 }
 
 /* IN a, b, OUT out: out = a, or a + b where there is a b. What memory allows: the measure of everything above. */
 static void FN(copy_or_add_run)(const T *a, const T *b, T *out, idx len, int streaming)
 {
-    idx i = 0;
-    if (streaming) {
-        idx head = FN(misaligned)(out, len);
-        for (; i < head; i++) out[i] = b ? a[i] + b[i] : a[i];
-        if (b)
-            for (; i + WIDTH <= len; i += WIDTH) FN(stream)(out + i, FN(load)(a + i) + FN(load)(b + i));
-        else
-            for (; i + WIDTH <= len; i += WIDTH) FN(stream)(out + i, FN(load)(a + i));
+#define AHEAD NOTHING
+#define FORMULA(load, i) load(a + i)
+    if (!b) {
+        if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
-    if (b)
-        for (; i + WIDTH <= len; i += WIDTH) FN(store)(out + i, FN(load)(a + i) + FN(load)(b + i));
-    else
-        for (; i + WIDTH <= len; i += WIDTH) FN(store)(out + i, FN(load)(a + i));
-    for (; i < len; i++) out[i] = b ? a[i] + b[i] : a[i];
+#undef FORMULA
+#define FORMULA(load, i) load(a + i) + load(b + i)
+    else {
+        if (streaming) SWEEP_STREAM else SWEEP_STORE
+    }
+#undef FORMULA
+#undef AHEAD
 }
 
 /* ---- columns ---------------------------------------------------------------------------------------------- */
@@ -308,12 +332,30 @@ static void FN(pivots)(const T *x, idx rows, tile_t t, T *pivot)
         memcpy(pivot, x, (size_t)t.channels * sizeof(T));
 }
 
-#define TREE(v) (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])))
+/* Rows are read in fours, but memory likes to be read in order: while one group is summed, what comes 8 KiB and more later is asked
+ * for, line after line where the tile is the whole row, else row by row. */
+static inline idx FN(rows_ahead)(tile_t t)
+{
+    idx row = t.ld * (idx)sizeof(T);
+    return row >= 2048 ? 4 : 4 * ((8192 + 4 * row - 1) / (4 * row));
+}
+
+/* (always_inline: gcc drops calls of a function that does nothing but prefetch.) */
+static inline __attribute__((always_inline)) void FN(ask)(const T *row, idx k, tile_t t, idx rows_ahead)
+{
+    const T *later = row + rows_ahead * t.ld;
+    if (t.channels * t.inner == t.ld)
+        for (int l = 0; l < 4 * VECTOR_BYTES; l += 64) __builtin_prefetch((const char *)(later + 4 * k) + l, 0, 2);
+    else
+        for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
+}
+
+#define TREE(v) ((v[0] + v[1]) + (v[2] + v[3]))
 
 /* IN x: `rows` ≤ BLOCK_ROWS rows of the tile. OUT mean, m2: a value a channel. */
 static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, double *m2)
 {
-    T pivot[MAX_COLUMNS], s[MAX_COLUMNS], q[MAX_COLUMNS];
+    T pivot[APART], s[APART], q[APART];
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     idx cols = t.channels * t.inner, r = 0;
     double count = (double)(rows * t.inner), inverse = 1.0 / count;
@@ -321,20 +363,22 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
     FN(pivots)(x, rows, t, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    for (; r + 8 <= rows; r += 8) { /* eight rows at a time, added up as a tree */
+    idx ahead = FN(rows_ahead)(t);
+    for (; r + 4 <= rows; r += 4) { /* four rows at a time, added up as a tree */
         const T *row = x + r * t.ld;
         idx k = 0;
         for (; k + WIDTH <= cols; k += WIDTH) {
-            VEC p = FN(load)(pivot + k), d[8], e[8];
-            for (int j = 0; j < 8; j++) d[j] = FN(load)(row + j * t.ld + k) - p;
-            for (int j = 0; j < 8; j++) e[j] = d[j] * d[j];
+            VEC p = FN(load)(pivot + k), d[4], e[4];
+            FN(ask)(row, k, t, ahead);
+            for (int j = 0; j < 4; j++) d[j] = FN(load)(row + j * t.ld + k) - p;
+            for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];
             FN(store)(s + k, FN(load)(s + k) + TREE(d));
             FN(store)(q + k, FN(load)(q + k) + TREE(e));
         }
         for (; k < cols; k++) {
-            T d[8], e[8];
-            for (int j = 0; j < 8; j++) d[j] = row[j * t.ld + k] - pivot[k];
-            for (int j = 0; j < 8; j++) e[j] = d[j] * d[j];
+            T d[4], e[4];
+            for (int j = 0; j < 4; j++) d[j] = row[j * t.ld + k] - pivot[k];
+            for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];
             s[k] += TREE(d);
             q[k] += TREE(e);
         }
@@ -360,62 +404,50 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
             if (!FN(stands)(sum[c], squares[c], m2[c], count)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
-/* IN x, OUT y: `rows` rows of `cols` columns, last row first (it is the likeliest to be in cache). y may be x. */
-static void FN(apply_columns)(const T *x, T *y, idx rows, idx ld, idx cols, FN(coefs) k, int streaming)
+/* Rows [0, all) of a tile, one after the other: memory is read and written in order, and the coefficients stay in L1. */
+#define EACH_ROW(SHIFT)                                                                                                \
+    for (idx r = 0; r < all; r++) {                                                                                    \
+        if (streaming) SWEEP_STREAM else SWEEP_STORE                                                                   \
+        SHIFT                                                                                                          \
+    }
+
+/* IN x, OUT y: `all` rows of `len` columns. out may be x. */
+static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(coefs) v, int streaming)
 {
-    const T *restrict hi_ = k.hi, *restrict a_ = k.a, *restrict b_ = k.b;
-    idx r = rows;
-#define APPLY_VEC(out, row)                                                                                            \
-    for (; i + WIDTH <= cols; i += WIDTH)                                                                              \
-        out(y + (row) * ld + i, (FN(load)(x + (row) * ld + i) - FN(load)(hi_ + i)) * FN(load)(a_ + i) + FN(load)(b_ + i))
-#define APPLY_ONE(row) y[(row) * ld + i] = (x[(row) * ld + i] - hi_[i]) * a_[i] + b_[i]
-    if (streaming)
-        for (; r > 0; r--) {
-            idx i = 0, head = FN(misaligned)(y + (r - 1) * ld, cols);
-            for (; i < head; i++) APPLY_ONE(r - 1);
-            APPLY_VEC(FN(stream), r - 1);
-            for (; i < cols; i++) APPLY_ONE(r - 1);
-        }
-    for (; r >= 4; r -= 4) { /* four rows share a load of the coefficients */
-        idx i = 0;
-        for (; i + WIDTH <= cols; i += WIDTH) {
-            VEC hi = FN(load)(hi_ + i), a = FN(load)(a_ + i), b = FN(load)(b_ + i);
-            for (int j = 1; j <= 4; j++)
-                FN(store)(y + (r - j) * ld + i, (FN(load)(x + (r - j) * ld + i) - hi) * a + b);
-        }
-        for (; i < cols; i++)
-            for (int j = 1; j <= 4; j++) APPLY_ONE(r - j);
-    }
-    for (; r > 0; r--) {
-        idx i = 0;
-        APPLY_VEC(FN(store), r - 1);
-        for (; i < cols; i++) APPLY_ONE(r - 1);
-    }
-#undef APPLY_VEC
-#undef APPLY_ONE
+    const T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
+#define SHIFT x += ld, out += ld;
+#define AHEAD(i) __builtin_prefetch(x + ld + i);
+#define FORMULA(load, i) (load(x + i) - load(his + i)) * load(as + i) + load(bs + i)
+    EACH_ROW(SHIFT)
+#undef FORMULA
+#undef AHEAD
+#undef SHIFT
 }
 
 /* IN dy, x: `rows` ≤ BLOCK_ROWS rows of the tile; hi: a value a column. OUT sums of dy and dy·(x − hi), a value a channel. */
 static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, const T *hi, double *sum_dy, double *sum_dy_x)
 {
-    T s[MAX_COLUMNS], q[MAX_COLUMNS];
+    T s[APART], q[APART];
     idx cols = t.channels * t.inner, r = 0;
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    for (; r + 8 <= rows; r += 8) {
+    idx ahead = FN(rows_ahead)(t);
+    for (; r + 4 <= rows; r += 4) {
         const T *row = x + r * t.ld, *grad = dy + r * t.ld;
         idx k = 0;
         for (; k + WIDTH <= cols; k += WIDTH) {
-            VEC h = FN(load)(hi + k), g[8], e[8];
-            for (int j = 0; j < 8; j++) g[j] = FN(load)(grad + j * t.ld + k);
-            for (int j = 0; j < 8; j++) e[j] = g[j] * (FN(load)(row + j * t.ld + k) - h);
+            VEC h = FN(load)(hi + k), g[4], e[4];
+            FN(ask)(row, k, t, ahead);
+            FN(ask)(grad, k, t, ahead);
+            for (int j = 0; j < 4; j++) g[j] = FN(load)(grad + j * t.ld + k);
+            for (int j = 0; j < 4; j++) e[j] = g[j] * (FN(load)(row + j * t.ld + k) - h);
             FN(store)(s + k, FN(load)(s + k) + TREE(g));
             FN(store)(q + k, FN(load)(q + k) + TREE(e));
         }
         for (; k < cols; k++) {
-            T g[8], e[8];
-            for (int j = 0; j < 8; j++) g[j] = grad[j * t.ld + k];
-            for (int j = 0; j < 8; j++) e[j] = g[j] * (row[j * t.ld + k] - hi[k]);
+            T g[4], e[4];
+            for (int j = 0; j < 4; j++) g[j] = grad[j * t.ld + k];
+            for (int j = 0; j < 4; j++) e[j] = g[j] * (row[j * t.ld + k] - hi[k]);
             s[k] += TREE(g);
             q[k] += TREE(e);
         }
@@ -439,66 +471,40 @@ static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, co
             }
 }
 
-/* IN dy, x, OUT dx: `rows` rows of `cols` columns, last row first. dx may be dy or x. */
-static void FN(slope_columns)(const T *dy, const T *x, T *dx, idx rows, idx ld, idx cols, FN(slopes) g, int streaming)
+/* IN dy, x, OUT dx: `all` rows of `len` columns. out may be dy or x. */
+static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, idx len, FN(slopes) g, int streaming)
 {
-    const T *restrict m_ = g.m, *restrict a_ = g.a, *restrict hi_ = g.hi, *restrict k_ = g.k, *restrict c_ = g.c;
-    idx r = rows;
-#define SLOPE_ONE(row)                                                                                                 \
-    dx[(row) * ld + i] = ((dy[(row) * ld + i] - m_[i]) * a_[i] - (x[(row) * ld + i] - hi_[i]) * k_[i]) + c_[i]
-#define SLOPE_VEC(row)                                                                                                 \
-    (((FN(load)(dy + (row) * ld + i) - m) * a - (FN(load)(x + (row) * ld + i) - hi) * k) + c)
-#define SLOPE_LOAD                                                                                                     \
-    VEC m = FN(load)(m_ + i), a = FN(load)(a_ + i), hi = FN(load)(hi_ + i), k = FN(load)(k_ + i), c = FN(load)(c_ + i)
-    if (streaming)
-        for (; r > 0; r--) {
-            idx i = 0, head = FN(misaligned)(dx + (r - 1) * ld, cols);
-            for (; i < head; i++) SLOPE_ONE(r - 1);
-            for (; i + WIDTH <= cols; i += WIDTH) {
-                SLOPE_LOAD;
-                FN(stream)(dx + (r - 1) * ld + i, SLOPE_VEC(r - 1));
-            }
-            for (; i < cols; i++) SLOPE_ONE(r - 1);
-        }
-    for (; r >= 4; r -= 4) {
-        idx i = 0;
-        for (; i + WIDTH <= cols; i += WIDTH) {
-            SLOPE_LOAD;
-            for (int j = 1; j <= 4; j++) FN(store)(dx + (r - j) * ld + i, SLOPE_VEC(r - j));
-        }
-        for (; i < cols; i++)
-            for (int j = 1; j <= 4; j++) SLOPE_ONE(r - j);
-    }
-    for (; r > 0; r--) {
-        idx i = 0;
-        for (; i + WIDTH <= cols; i += WIDTH) {
-            SLOPE_LOAD;
-            FN(store)(dx + (r - 1) * ld + i, SLOPE_VEC(r - 1));
-        }
-        for (; i < cols; i++) SLOPE_ONE(r - 1);
-    }
-#undef SLOPE_ONE
-#undef SLOPE_VEC
-#undef SLOPE_LOAD
+    const T *restrict ms = g.m, *restrict as = g.a, *restrict his = g.hi, *restrict ks = g.k, *restrict cs = g.c;
+#define SHIFT x += ld, dy += ld, out += ld;
+#define AHEAD(i) __builtin_prefetch(x + ld + i), __builtin_prefetch(dy + ld + i);
+#define FORMULA(load, i)                                                                                               \
+    ((load(dy + i) - load(ms + i)) * load(as + i) - (load(x + i) - load(his + i)) * load(ks + i)) + load(cs + i)
+    EACH_ROW(SHIFT)
+#undef FORMULA
+#undef AHEAD
+#undef SHIFT
 }
 
-/* IN dy, OUT dx: `rows` rows of `cols` columns with fixed statistics, dx = dy·a. */
-static void FN(scale_columns)(const T *dy, T *dx, idx rows, idx ld, idx cols, const T *restrict a, int streaming)
+/* IN dy, OUT dx: `all` rows of `len` columns with fixed statistics, dx = dy·a. */
+static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, const T *restrict as, int streaming)
 {
-    for (idx r = rows; r > 0; r--) {
-        const T *grad = dy + (r - 1) * ld;
-        T *out = dx + (r - 1) * ld;
-        idx i = 0;
-        if (streaming) {
-            idx head = FN(misaligned)(out, cols);
-            for (; i < head; i++) out[i] = grad[i] * a[i];
-            for (; i + WIDTH <= cols; i += WIDTH) FN(stream)(out + i, FN(load)(grad + i) * FN(load)(a + i));
-        }
-        for (; i + WIDTH <= cols; i += WIDTH) FN(store)(out + i, FN(load)(grad + i) * FN(load)(a + i));
-        for (; i < cols; i++) out[i] = grad[i] * a[i];
-    }
+#define SHIFT dy += ld, out += ld;
+#define AHEAD(i) __builtin_prefetch(dy + ld + i);
+#define FORMULA(load, i) load(dy + i) * load(as + i)
+    EACH_ROW(SHIFT)
+#undef FORMULA
+#undef AHEAD
+#undef SHIFT
 }
 
+#undef EACH_ROW
+#undef SWEEP_STREAM
+#undef SWEEP_STORE
+#undef SWEEP
+#undef STEP
+#undef NOTHING
+#undef NARROW_WIDTH
+#undef NARROW
 #undef TREE
 #undef VEC
 #undef WIDTH

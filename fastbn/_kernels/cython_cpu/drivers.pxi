@@ -45,6 +45,7 @@ cdef extern from "tasks.h":
     void read_caches() noexcept nogil
     void plan(call_t *, int, int) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
+    idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
     void moments_tile(const call_t *, idx) noexcept nogil
     void moments_part(const call_t *, idx) noexcept nogil
@@ -139,13 +140,16 @@ cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int
 
 
 cdef double *scratch(call_t *k, bint parts) except NULL:
-    """Coefficients, and a place for the parts' sums; one allocation, of channels and not of elements."""
+    """Coefficients, the parts' sums, the channels' sums; one allocation, of channels and not of elements."""
     cdef idx sums = 2 * k.chunks * k.channels if parts else 0
-    cdef double *memory = <double *>malloc((sums + 7 * k.channels) * sizeof(double))
+    cdef idx coefs = 5 * coefs_apart(k.channels)
+    cdef double *memory = <double *>malloc((sums + coefs + 2 * k.channels) * sizeof(double))
     if memory == NULL:
         raise MemoryError("fastbn: no memory for a call's scratch")
-    k.coefs = memory + sums
-    k.part_mean, k.part_second = memory, memory + sums // 2
+    k.coefs = memory
+    k.part_mean, k.part_second = memory + coefs, memory + coefs + sums // 2
+    if k.mean == NULL:  # a backward's own sums
+        k.mean, k.second = memory + coefs + sums, memory + coefs + sums + k.channels
     return memory
 
 
@@ -292,7 +296,6 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
     threads = prepare(&k, outer, channels, inner, threads, 2)
     cdef double *memory = scratch(&k, not k.fused)
-    k.mean, k.second = <double *>k.coefs + 5 * channels, <double *>k.coefs + 6 * channels
     with nogil:
         if k.fused:
             run(backward_tile, &k, k.tiles, threads, False)

@@ -11,6 +11,7 @@
 #ifndef FASTBN_TASKS_H
 #define FASTBN_TASKS_H
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 #include "blocks.h"
@@ -36,7 +37,7 @@ typedef struct {
     idx tile, tiles;   /* channels a tile */
     idx chunk, chunks; /* rows (or, with runs, blocks) a part */
     /* scratch */
-    void *coefs;                 /* 5 vectors of channels elements */
+    void *coefs;                 /* 5 vectors, coefs_apart(channels) elements apart */
     double *part_mean, *part_second; /* chunks × channels */
 } call_t;
 
@@ -47,15 +48,28 @@ static call_t no_call(void)
     return k;
 }
 
-/* Cache sizes in bytes, read from the system once. */
+/* Cache sizes in bytes, read from the system once. The last level is what one group of cores shares: sysconf() adds the
+ * groups of a socket up, so Linux's own table comes first. */
 static idx level2_cache, last_level_cache;
+
+static idx cache_from_table(int index)
+{
+    char path[64], unit = 0;
+    long size = 0;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+    FILE *file = fopen(path, "r");
+    if (!file) return 0;
+    int fields = fscanf(file, "%ld%c", &size, &unit);
+    fclose(file);
+    return fields < 1 ? 0 : (idx)size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+}
 
 static void read_caches(void)
 {
-    long l2 = 0, l3 = 0;
+    idx l2 = cache_from_table(2), l3 = cache_from_table(3);
 #if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
-    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (l2 <= 0) l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (l3 <= 0) l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
     level2_cache = l2 > 0 ? l2 : (idx)1 << 19;
     last_level_cache = l3 > 0 ? l3 : l2 > 0 ? l2 : (idx)1 << 23;
@@ -69,7 +83,7 @@ static void plan(call_t *k, int threads, int reads)
 {
     idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
     k->columns = k->inner == 1 || (k->inner < SMALL_PLANE && k->outer >= 8);
-    k->streaming = elements * size > last_level_cache;
+    k->streaming = (reads + 1) * elements * size > last_level_cache; /* all that the step touches */
     if (!k->columns) {
         k->runs = runs_of(k->outer, k->channels, k->inner);
         k->tile = 1;
@@ -95,6 +109,9 @@ static void plan(call_t *k, int threads, int reads)
     k->tiles = (k->channels + k->tile - 1) / k->tile;
 }
 
+/* From one vector of coefficients to the next, in elements: not a multiple of a page (see APART). */
+static inline idx coefs_apart(idx channels) { return (channels + 15) / 16 * 16 + 80; }
+
 static inline tile_t tile_of(const call_t *k, idx i, idx *first)
 {
     *first = i * k->tile;
@@ -102,10 +119,33 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     return t;
 }
 
-/* The parts of a step that only writes: pieces of memory in order. */
+/* The parts of a step that goes over the elements once, each as much as memory likes to see in a row: whole rows where a row
+ * is a channel's worth, tiles where the coefficients must be spread over columns, pieces of planes. */
+#define PIECE 65536 /* elements */
+
+static inline idx rows_a_part(const call_t *k)
+{
+    return k->inner > 1 ? k->chunk : k->channels < PIECE ? PIECE / k->channels : 1;
+}
+
 static inline idx apply_parts(const call_t *k)
 {
-    return k->columns ? k->chunks * k->tiles : k->outer * k->channels * k->runs.pieces;
+    if (!k->columns) return k->outer * k->channels * k->runs.pieces;
+    idx rows = rows_a_part(k);
+    return (k->outer + rows - 1) / rows * (k->inner > 1 ? k->tiles : 1);
+}
+
+/* Part i of columns: its first row, its number of rows, its channels. */
+static inline tile_t part_of(const call_t *k, idx i, idx *row, idx *rows, idx *first)
+{
+    idx tiles = k->inner > 1 ? k->tiles : 1;
+    *rows = rows_a_part(k);
+    *row = i / tiles * *rows;
+    *rows = least(*rows, k->outer - *row);
+    if (k->inner > 1) return tile_of(k, i % tiles, first);
+    *first = 0;
+    tile_t all = {k->channels, 1, k->channels};
+    return all;
 }
 
 #define T float

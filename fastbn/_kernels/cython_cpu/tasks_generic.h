@@ -3,14 +3,16 @@
 static inline FN(coefs) FN(coefs_from)(const call_t *k, idx c)
 {
     T *base = (T *)k->coefs + c;
-    FN(coefs) v = {base, base + k->channels, base + 2 * k->channels};
+    idx apart = coefs_apart(k->channels);
+    FN(coefs) v = {base, base + apart, base + 2 * apart};
     return v;
 }
 
 static inline FN(slopes) FN(slopes_from)(const call_t *k, idx c)
 {
     T *base = (T *)k->coefs + c;
-    FN(slopes) v = {base, base + k->channels, base + 2 * k->channels, base + 3 * k->channels, base + 4 * k->channels};
+    idx apart = coefs_apart(k->channels);
+    FN(slopes) v = {base, base + apart, base + 2 * apart, base + 3 * apart, base + 4 * apart};
     return v;
 }
 
@@ -123,7 +125,7 @@ static void FN(coefs_tile)(const call_t *k, idx i)
 static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
     FN(coefs) v = FN(coefs_from)(k, first);
-    T spread[3][MAX_COLUMNS];
+    T spread[3][APART];
     if (t.inner > 1) {
         FN(spread_columns)(v.hi, t, spread[0]);
         FN(spread_columns)(v.a, t, spread[1]);
@@ -138,9 +140,9 @@ static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, ti
 static void FN(normalize_part)(const call_t *k, idx i)
 {
     if (k->columns) {
-        idx chunk = i / k->tiles, first;
-        tile_t t = tile_of(k, i % k->tiles, &first);
-        FN(normalize_rows)(k, chunk * k->chunk, least(k->chunk, k->outer - chunk * k->chunk), first, t);
+        idx row, rows, first;
+        tile_t t = part_of(k, i, &row, &rows, &first);
+        FN(normalize_rows)(k, row, rows, first, t);
     } else {
         idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK, at = plane * k->inner + start;
         FN(apply_run)((const T *)k->x + at, (T *)k->out + at, least(BLOCK, k->inner - start), FN(coefs_from)(k, 0),
@@ -274,7 +276,7 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
     FN(slopes) g = FN(slopes_from)(k, first);
-    T spread[5][MAX_COLUMNS];
+    T spread[5][APART];
     if (t.inner > 1) {
         FN(spread_columns)(g.m, t, spread[0]);
         FN(spread_columns)(g.a, t, spread[1]);
@@ -301,9 +303,9 @@ static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 static void FN(slope_part)(const call_t *k, idx i)
 {
     if (k->columns) {
-        idx chunk = i / k->tiles, first;
-        tile_t t = tile_of(k, i % k->tiles, &first);
-        FN(slope_rows)(k, chunk * k->chunk, least(k->chunk, k->outer - chunk * k->chunk), first, t);
+        idx row, rows, first;
+        tile_t t = part_of(k, i, &row, &rows, &first);
+        FN(slope_rows)(k, row, rows, first, t);
     } else {
         idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK;
         FN(slope_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
