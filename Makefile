@@ -1,10 +1,11 @@
 # Every target sets itself up in .venv and touches nothing outside this folder.
 PYTHON ?= python3
+export MPLCONFIGDIR := $(CURDIR)/.venv/cache/matplotlib
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q --cache-dir .venv/cache
 SOURCES := setup.py pyproject.toml $(wildcard fastbn/_kernels/cython_cpu/*.py* fastbn/_kernels/cython_cpu/*.h)
 
-.PHONY: demo test bench lint peers clean
+.PHONY: demo test bench bench-smoke lint peers clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastbn demo
@@ -13,7 +14,12 @@ test: .venv/test
 	$(BIN)/python -m pytest
 
 bench: .venv/peers
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only
+	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only --benchmark-json=.venv/bench.json
+	$(BIN)/python bench/report.py .venv/bench.json
+
+# Every benchmark once, with no timing: that they run.
+bench-smoke: .venv/peers
+	$(BIN)/python -m pytest bench -q --benchmark-disable
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -4,9 +4,9 @@ Three backends compute the same operations behind one interface (`_kernels/READM
 per instruction set), ``numba`` (compiled at first use) and ``reference`` (NumPy, float64 inside). The first that is
 there serves, in this order.
 
-Settings stand at three levels, the nearest winning: a call's own ``num_threads``, the `config_context` around it, and what
-`set_backend` and `set_num_threads` or the environment (FASTBN_BACKEND, FASTBN_ISA, FASTBN_NUM_THREADS, OMP_NUM_THREADS)
-say for the process.
+Settings stand at three levels, the nearest winning: a call's own ``num_threads``, the `config_context` around it, and
+what `set_backend` and `set_num_threads` or the environment (FASTBN_BACKEND, FASTBN_ISA, FASTBN_NUM_THREADS,
+OMP_NUM_THREADS) say for the process.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ def _available_cpus() -> int:
 def _default_threads() -> int:
     own = os.environ.get("FASTBN_NUM_THREADS")
     if own is not None:
-        if not own.strip().isdecimal() or int(own) < 1:
+        if not own.strip().isdecimal() or int(own) == 0:
             raise ValueError(f"FASTBN_NUM_THREADS is {own!r}, and must be an integer of at least 1")
-        return int(own)
+        return checks.threads("FASTBN_NUM_THREADS", int(own))
     openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(openmp) if openmp.isdecimal() and int(openmp) >= 1 else _available_cpus()
 
@@ -184,7 +184,7 @@ def num_threads(asked: int | None = None) -> int:
     """The number of threads for a call: as asked, or from the settings; one in a forked child."""
     global _threads
     if asked is not None:
-        asked = checks.positive("num_threads", asked)
+        asked = checks.threads("num_threads", asked)
     if _forked:
         return 1
     if asked is not None:
@@ -206,7 +206,7 @@ def set_num_threads(n: int) -> None:
         At least 1. Work too small to gain from a team runs on the caller's thread whatever this says.
     """
     global _threads
-    _threads = checks.positive("n", n)
+    _threads = checks.threads("n", n)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def config_context(*, backend: str | None = None, num_threads: int | None = None
     token = _context.set(
         (
             outer_backend if backend is None else load(backend),
-            outer_threads if num_threads is None else checks.positive("num_threads", num_threads),
+            outer_threads if num_threads is None else checks.threads("num_threads", num_threads),
         )
     )
     try:
@@ -255,6 +255,8 @@ def config() -> dict[str, Any]:
             why_not[name] = "available, not chosen"
         except ImportError:
             why_not[name] = _why_not[name]
+        except ValueError as error:  # FASTBN_ISA names no instruction set
+            why_not[name] = str(error)
     return {
         "fastbn": __version__,
         "python": sys.version.split()[0],

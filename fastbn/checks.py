@@ -7,6 +7,7 @@ statistic is touched.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 F32 = np.dtype(np.float32)
 F64 = np.dtype(np.float64)
+
+MOST_THREADS = 4096
 
 
 def data(name: str, x: Any) -> Array:
@@ -43,10 +46,7 @@ def channel_axis(axis: Any, x: Array) -> int:
     if not 2 <= ndim <= 5:
         raise ValueError(f"x has shape {x.shape}, and must have 2 to 5 axes")
     if type(axis) is not int:
-        try:
-            axis = operator.index(axis)
-        except TypeError:
-            raise TypeError(f"axis is {axis!r}, and must be an integer") from None
+        axis = integer("axis", axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis is {axis}, and must be from {-ndim} to {ndim - 1} for x of shape {x.shape}")
     return axis if axis >= 0 else axis + ndim  # type: ignore[no-any-return]
@@ -116,16 +116,23 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, and must be a number") from None
+    except OverflowError:
+        return float("inf")
 
 
 def positive(name: str, value: Any) -> int:
     """An integer of at least 1."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, and must be an integer") from None
+    number = integer(name, value)
     if number < 1:
         raise ValueError(f"{name} is {number}, and must be at least 1")
+    return number
+
+
+def threads(name: str, value: Any) -> int:
+    """A number of threads: at least 1, and no more than anyone means."""
+    number = positive(name, value)
+    if number > MOST_THREADS:
+        raise ValueError(f"{name} is {number}, and must be at most {MOST_THREADS}")
     return number
 
 
@@ -157,11 +164,18 @@ def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: str | None 
     if out is None:
         return
     for other, array in others.items():
-        if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
+        if isinstance(array, np.ndarray) and _shares(out, array):
             if other == same_as and _is_exactly(out, array):
                 continue
             exact = f", or be {same_as} itself" if same_as else ""
             raise ValueError(f"{name} overlaps {other} in memory, and must not{exact}")
+
+
+def _shares(a: Array, b: Array) -> bool:
+    try:  # bounds first, which settle all but interleaved arrays
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _is_exactly(a: Array, b: Array) -> bool:
@@ -172,13 +186,25 @@ def _is_exactly(a: Array, b: Array) -> bool:
 
 def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     """float32 or float64, native."""
+    was = repr(dtype)
+    if dtype is not None:  # which NumPy takes for float64
+        try:
+            found: np.dtype[Any] = np.dtype(dtype)
+        except TypeError:
+            pass
+        else:
+            was = str(found)
+            if found in (F32, F64):
+                return found
+    raise TypeError(f"dtype is {was}, and must be float32 or float64")
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer."""
     try:
-        found = np.dtype(dtype)
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"dtype is {dtype!r}, and must be float32 or float64") from None
-    if found != F32 and found != F64:
-        raise TypeError(f"dtype is {found}, and must be float32 or float64")
-    return found
+        raise TypeError(f"{name} is {value!r}, and must be an integer") from None
 
 
 def features(x: Any, axis: int, num_features: int) -> None:
@@ -196,4 +222,15 @@ def state(name: str, value: Any, mine: Array) -> Array:
         raise ValueError(f"{name} has shape {array.shape} in state, and must have shape {mine.shape}")
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name} has dtype {array.dtype} in state, and must be real numbers")
+    if name == "num_batches_tracked" and not (np.isfinite(array) and array >= 0 and array == np.trunc(array)):
+        raise ValueError(f"{name} is {array} in state, and must be an integer of at least 0")
     return array
+
+
+def state_keys(state: Any, names: list[str]) -> None:
+    """A mapping with exactly these keys."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is a {type(state).__name__}, and must be a mapping, as state_dict returns")
+    missing, unknown = [n for n in names if n not in state], [n for n in state if n not in names]
+    if missing or unknown:
+        raise ValueError(f"state lacks {missing} and has unknown {unknown}; it must have exactly {names}")

@@ -1,8 +1,8 @@
 """The operations: arrays in, arrays out, nothing kept.
 
-Every function checks its arguments, finds the array's layout and hands its memory to the kernels of the chosen backend.
-Formulas: Ioffe and Szegedy (2015), "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
-Shift", Algorithm 1 (forward), section 3 (backward).
+Every function checks its arguments, finds the array's layout and hands its memory to the kernels of the chosen
+backend. Formulas: Ioffe and Szegedy (2015), "Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift", Algorithm 1 (forward), section 3 (backward).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def batch_norm(
         return _normalize(x, source, layout, mean, var, weight, bias, eps, out, num_threads, same_as="x")[0]
     y, saved = _forward(x, source, layout, weight, bias, eps, out, num_threads, same_as="x", apart=(mean, var))
     if mean is not None and source.size:
-        backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, layout.count)
+        backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, layout.values)
     return y
 
 
@@ -244,7 +244,8 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
     Returns
     -------
     Moments
-        Merge with ``+``; ``.var()`` gives the variance. Welford's update, in the pairwise form of Chan, Golub and LeVeque (1983).
+        Merge with ``+``; ``.var()`` gives the variance. Welford's update, in the pairwise form of Chan, Golub and
+        LeVeque (1983).
 
     Raises
     ------
@@ -257,22 +258,22 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
     threads = backends.num_threads(num_threads)
     if source.size:
         backends.kernels().moments(source, outer, channels, inner, mean, m2, threads)
-    return Moments(layout.count, mean, m2)
+    return Moments(layout.values, mean, m2)
 
 
 def _forward(
     given: Any, x: Array, layout: Layout, weight: Any, bias: Any, eps: float, out: Array | None,
     num_threads: int | None, *, same_as: str | None = None, apart: tuple[Any, ...] = (),
 ) -> tuple[Array, Saved]:  # fmt: skip
-    """y by the batch's statistics. `given`: x as the caller gave it; `apart`: further arrays that `out` must not overlap."""
+    """y by the batch's statistics. `given`: x as the caller gave it; `apart`: more that `out` must not overlap."""
     outer, channels, inner = layout[:3]
-    checks.enough_values(outer * inner, x.shape)
+    checks.enough_values(outer * inner, layout.from_memory(x).shape)
+    others = {"x": given, "weight": weight, "bias": bias}
     weight = checks.parameter("weight", weight, channels)
     bias = checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)
     memory, y = output("out", out, x, layout)
     if out is not None:
-        others = {"x": given, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
         checks.overlap("out", out, others, same_as=same_as)
     threads = backends.num_threads(num_threads)
@@ -290,12 +291,12 @@ def _normalize(
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by given statistics."""
     outer, channels, inner = layout[:3]
+    others = {"x": given, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
     weight = checks.parameter("weight", weight, channels)
     bias = checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)
     memory, y = output("out", out, x, layout)
     if out is not None:
-        others = {"x": given, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
         checks.overlap("out", out, others, same_as=same_as)
     threads = backends.num_threads(num_threads)
     mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)

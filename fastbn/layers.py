@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class BatchNorm:
         self.num_features = checks.positive("num_features", num_features)
         self.eps = checks.eps(eps)
         self.momentum = checks.momentum(momentum)
-        self.axis = axis
+        self.axis = checks.integer("axis", axis)
         self.dtype = checks.parameter_dtype(dtype)
         self.training = True
         self.weight = np.ones(num_features, self.dtype) if affine else None
@@ -85,8 +85,8 @@ class BatchNorm:
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y, of x's shape, dtype and memory order.
 
-        In training: by the batch's statistics, which also update the running ones; `backward` may follow. In eval mode: by the
-        running statistics, and nothing is kept for `backward`.
+        In training: by the batch's statistics, which also update the running ones; `backward` may follow. In eval
+        mode: by the running statistics, and nothing is kept for `backward`.
 
         Parameters
         ----------
@@ -109,8 +109,8 @@ class BatchNorm:
             return y
         running = checks.running(self.running_mean, self.running_var, self.num_features, update=True)
         y, saved = batch_norm_forward(x, self.weight, self.bias, eps=self.eps, axis=self.axis, out=out)
-        if self.num_batches_tracked is not None and saved.layout.count:
-            kernels().update_running_stats(*running, saved.mean, saved.var, self.momentum, saved.layout.count)
+        if self.num_batches_tracked is not None and saved.layout.values:
+            kernels().update_running_stats(*running, saved.mean, saved.var, self.momentum, saved.layout.values)
             self.num_batches_tracked += 1
         self._saved = saved
         return y
@@ -137,12 +137,12 @@ class BatchNorm:
         dx, self.grad_weight, self.grad_bias = batch_norm_backward(dy, self._saved, out=out)
         return dx
 
-    def train(self, mode: bool = True) -> BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Normalize by the batch's statistics from now on (or, with ``mode=False``, by the running ones)."""
         self.training = bool(mode)
         return self
 
-    def eval(self) -> BatchNorm:
+    def eval(self) -> Self:
         """Normalize by the running statistics from now on."""
         return self.train(False)
 
@@ -154,7 +154,7 @@ class BatchNorm:
             self.num_batches_tracked = 0
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters and statistics under torch's names; those that the layer does not have are absent."""
+        """Copies of parameters and statistics under torch's names; those that the layer does not have are absent."""
         return {name: np.array(getattr(self, name)) for name in STATE if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -162,13 +162,11 @@ class BatchNorm:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             Naming the keys that are missing or not known, or the shape that is wrong; the layer is then as it was.
         """
         mine = self.state_dict()
-        missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-        if missing or unknown:
-            raise ValueError(f"state lacks {missing} and has unknown {unknown}; it must have exactly {list(mine)}")
+        checks.state_keys(state, list(mine))
         new = {name: checks.state(name, state[name], mine[name]) for name in mine}
         for name, value in new.items():
             if name == "num_batches_tracked":
@@ -178,6 +176,7 @@ class BatchNorm:
 
     def __repr__(self) -> str:
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}, "
-            f"track_running_stats={self.running_mean is not None}, axis={self.axis}, dtype={self.dtype})"
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.weight is not None}, track_running_stats={self.running_mean is not None}, "
+            f"axis={self.axis}, dtype={self.dtype})"
         )

@@ -38,7 +38,7 @@ class Layout(NamedTuple):
     inverse: tuple[int, ...] | None
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """Values a channel."""
         return self.outer * self.inner
 
@@ -128,8 +128,9 @@ def like(name: str, array: Any, x: Array, layout: Layout) -> Array:
 def output(name: str, out: Any, x: Array, layout: Layout) -> tuple[Array, Array]:
     """Where a kernel writes: `(memory, result)`, x in memory order.
 
-    `result` is what the caller gets: a new array in x's memory order, or `out`. `memory` is the C-contiguous array that the kernel
-    fills; it shares memory with `result` unless `out` lies in memory in another way than x, and then `finish` copies.
+    `result` is what the caller gets: a new array in x's memory order, or `out`. `memory` is the C-contiguous array that
+    the kernel fills; it shares memory with `result` unless `out` lies in memory in another way than x, and then
+    `finish` copies.
     """
     if out is None:
         memory = np.empty(x.shape, x.dtype)

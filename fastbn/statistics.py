@@ -26,7 +26,8 @@ class Moments:
 
     References
     ----------
-    Chan, Golub, LeVeque (1983), "Algorithms for computing the sample variance", The American Statistician 37(3), eq. 2.1.
+    Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance: analysis and recommendations", The
+    American Statistician 37(3).
     """
 
     count: int

@@ -19,6 +19,9 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# NaN, infinities and overflow come out as they do from the compiled kernels: without a warning.
+_quiet = np.errstate(all="ignore")
+
 NAME = "reference"
 INSTRUCTION_SET = "NumPy's"
 
@@ -28,42 +31,51 @@ def openmp() -> str:
     return "none: the reference kernels run on one thread"
 
 
-def _view(x: Array, outer: int, channels: int, inner: int) -> Array:
-    return x.reshape(outer, channels, inner)
+def _channels(x: Array, outer: int, channels: int, inner: int) -> Array:
+    """A float64 copy, (channels, outer·inner): a channel's values side by side, so that NumPy sums them pairwise."""
+    return x.reshape(outer, channels, inner).transpose(1, 0, 2).astype(np.float64, order="C").reshape(channels, -1)
+
+
+def _store(result: Array, values: Array, outer: int, channels: int, inner: int) -> None:
+    """The inverse: values of shape (channels, outer·inner) into the array `result`."""
+    result.reshape(outer, channels, inner)[...] = values.reshape(channels, outer, inner).transpose(1, 0, 2)
 
 
 def _column(values: Array) -> Array:
-    """(channels,) → (channels, 1), float64, to stand beside (outer, channels, inner)."""
+    """(channels,) → (channels, 1), float64."""
     return values.astype(np.float64)[:, np.newaxis]
 
 
+def _scale(var: Array, weight: Array | None, eps: float) -> Array:
+    """weight/σ, (channels, 1)."""
+    scale = 1 / np.sqrt(_column(var) + eps)
+    return scale if weight is None else scale * _column(weight)
+
+
+@_quiet
 def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array, threads: int) -> None:
     """mean = Σx / n,  m2 = Σ(x - mean)², in two passes. Writes mean and m2."""
-    wide = _view(x, outer, channels, inner).astype(np.float64)
-    if wide.size == 0:
-        mean[...] = m2[...] = 0
-        return
-    pivot = wide[0, :, 0].copy()  # a constant channel's mean is then exactly its value
-    deviation = wide - pivot[:, np.newaxis]
-    shift = deviation.mean(axis=(0, 2))
-    mean[...] = pivot + shift
-    deviation -= shift[:, np.newaxis]
-    m2[...] = np.square(deviation).sum(axis=(0, 2))
+    deviation = _channels(x, outer, channels, inner)
+    mean_ = deviation.mean(axis=1, keepdims=True)
+    deviation -= mean_
+    rest = deviation.mean(axis=1, keepdims=True)  # what rounding left over; for a constant channel, all of it
+    deviation -= rest
+    mean[...] = (mean_ + rest)[:, 0]
+    m2[...] = np.square(deviation, out=deviation).sum(axis=1)
 
 
+@_quiet
 def normalize(
     x: Array, y: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, threads: int,
 ) -> None:  # fmt: skip
-    """y = (x - mean) / sqrt(var + eps) · weight + bias. Writes y."""
-    wide = _view(x, outer, channels, inner).astype(np.float64)
+    """y = (x - mean) · weight/σ + bias, σ = sqrt(var + eps). Writes y."""
+    wide = _channels(x, outer, channels, inner)
     wide -= _column(mean)
-    wide *= 1 / np.sqrt(_column(var) + eps)
-    if weight is not None:
-        wide *= _column(weight)
+    wide *= _scale(var, weight, eps)
     if bias is not None:
         wide += _column(bias)
-    _view(y, outer, channels, inner)[...] = wide
+    _store(y, wide, outer, channels, inner)
 
 
 def forward(
@@ -76,31 +88,35 @@ def forward(
     normalize(x, y, outer, channels, inner, mean, var, weight, bias, eps, threads)
 
 
+@_quiet
 def gradient_moments(
     dy: Array, x: Array, outer: int, channels: int, inner: int,
     mean: Array, sum_dy: Array, sum_dy_xmu: Array, threads: int,
 ) -> None:  # fmt: skip
     """sum_dy = Σdy,  sum_dy_xmu = Σ dy·(x - mean). Writes both."""
-    gradient = _view(dy, outer, channels, inner).astype(np.float64)
-    sum_dy[...] = gradient.sum(axis=(0, 2))
-    gradient *= _view(x, outer, channels, inner).astype(np.float64) - _column(mean)
-    sum_dy_xmu[...] = gradient.sum(axis=(0, 2))
+    gradient = _channels(dy, outer, channels, inner)
+    sum_dy[...] = gradient.sum(axis=1)
+    gradient *= _channels(x, outer, channels, inner) - _column(mean)
+    sum_dy_xmu[...] = gradient.sum(axis=1)
 
 
+@_quiet
 def input_gradient(
     dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, weight: Array | None, eps: float, sum_dy: Array, sum_dy_xmu: Array, threads: int,
 ) -> None:  # fmt: skip
-    """dx = weight/σ · (dy - Σdy/n - x̂ · Σ(dy·x̂)/n),  x̂ = (x - mean)/σ. Writes dx."""
+    """dx = weight/σ · (dy - Σdy/n - (x - mean)/σ² · Σ(dy·(x - mean))/n). Writes dx."""
     count = outer * inner
-    inverse = 1 / np.sqrt(_column(var) + eps)
-    xhat = (_view(x, outer, channels, inner).astype(np.float64) - _column(mean)) * inverse
-    wide = _view(dy, outer, channels, inner).astype(np.float64)
-    wide = wide - _column(sum_dy) / count - xhat * (_column(sum_dy_xmu) * inverse / count)
-    wide *= inverse if weight is None else inverse * _column(weight)
-    _view(dx, outer, channels, inner)[...] = wide
+    wide = _channels(dy, outer, channels, inner)
+    wide -= _column(sum_dy) / count
+    wide -= (_channels(x, outer, channels, inner) - _column(mean)) * (
+        _column(sum_dy_xmu) / count / (_column(var) + eps)
+    )
+    wide *= _scale(var, weight, eps)
+    _store(dx, wide, outer, channels, inner)
 
 
+@_quiet
 def backward(
     dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, weight: Array | None, eps: float,
@@ -113,13 +129,11 @@ def backward(
     """
     sum_dy, sum_dy_xmu = np.empty(channels), np.empty(channels)
     gradient_moments(dy, x, outer, channels, inner, mean, sum_dy, sum_dy_xmu, threads)
-    inverse = 1 / np.sqrt(var.astype(np.float64) + eps)
     if batch:
         input_gradient(dy, x, dx, outer, channels, inner, mean, var, weight, eps, sum_dy, sum_dy_xmu, threads)
     else:
-        scale = inverse if weight is None else inverse * weight
-        _view(dx, outer, channels, inner)[...] = _view(dy, outer, channels, inner) * scale[:, np.newaxis]
-    grad_weight[...] = sum_dy_xmu * inverse
+        _store(dx, _channels(dy, outer, channels, inner) * _scale(var, weight, eps), outer, channels, inner)
+    grad_weight[...] = sum_dy_xmu * _scale(var, None, eps)[:, 0]
     grad_bias[...] = sum_dy
 
 

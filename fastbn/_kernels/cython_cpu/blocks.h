@@ -4,7 +4,7 @@
  *     merge       Chan, Golub and LeVeque (1983): two (count, mean, m2) into one, in float64
  *     normalize   y  = (x − hi)·a + b                      a = weight/σ,  hi + lo = mean,  b = bias − lo·a
  *     gradient    Σ dy,  Σ dy·(x − mean)
- *     input grad. dx = (dy − m)·a − (x − hi)·k + c         (../README.md derives m, k and c)
+ *     input grad. dx = ((dy − m) − (x − hi)·k)·a + c       (../README.md derives m, k and c)
  *
  * Design:
  * - Same bits from every instruction set. Sums run in a fixed number of lanes (128 bytes' worth) or, for columns, in
@@ -21,6 +21,7 @@
 #ifndef FASTBN_BLOCKS_H
 #define FASTBN_BLOCKS_H
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -136,11 +137,13 @@ typedef struct { idx channels, inner, ld; } tile_t;
 
 #define T float
 #define FN(name) CAT(f32_, name)
+#define LARGEST FLT_MAX
 #define TINY 1e-30                                /* mean squares under this have lost digits in T */
 #include "blocks_generic.h"
 
 #define T double
 #define FN(name) CAT(f64_, name)
+#define LARGEST DBL_MAX
 #define TINY 1e-290
 #include "blocks_generic.h"
 

@@ -150,12 +150,18 @@ static inline moments_t FN(moments_runs)(const T *x, block_t b)
     return m;
 }
 
+/* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */
+static inline double FN(within)(double scale)
+{
+    return scale > LARGEST ? LARGEST : scale < -LARGEST ? -LARGEST : scale;
+}
+
 /* What normalize needs: y = (x − hi)·a + b, a value a channel (or a column). */
 typedef struct { T *hi, *a, *b; } FN(coefs);
 
 static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, double weight, double bias, double eps)
 {
-    double a = weight * inverse_std(var, eps);
+    double a = FN(within)(weight * inverse_std(var, eps));
     k.hi[c] = (T)mean;
     k.a[c] = (T)a;
     k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
@@ -227,19 +233,18 @@ static inline FN(sums) FN(gradient_runs)(const T *dy, const T *x, block_t b, T h
     return probe - probe == 0 ? t : FN(gradient_runs_slow)(dy, x, b, hi);
 }
 
-/* What the input gradient needs: dx = (dy − m)·a − (x − hi)·k + c, a value a channel (or a column). */
+/* What the input gradient needs: dx = ((dy − m) − (x − hi)·k)·a + c, a value a channel (or a column). */
 typedef struct { T *m, *a, *hi, *k, *c; } FN(slopes);
 
 static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, double weight, double eps, double dy,
                                  double dy_xmu, double count)
 {
-    double invstd = inverse_std(var, eps), a = weight * invstd;
-    double k = a * invstd * invstd * (dy_xmu / count), m = dy / count;
+    double a = FN(within)(weight * inverse_std(var, eps)), k = dy_xmu / count / (var + eps), m = dy / count;
     g.m[c] = (T)m;
     g.a[c] = (T)a;
     g.hi[c] = (T)mean;
     g.k[c] = (T)k;
-    g.c[c] = (T)((mean - (double)g.hi[c]) * k - a * (m - (double)g.m[c]));
+    g.c[c] = (T)(a * ((mean - (double)g.hi[c]) * k - (m - (double)g.m[c])));
 }
 
 /* IN dy, x, OUT dx: one run of channel ch. out may be dy or x. */
@@ -247,7 +252,7 @@ static inline void FN(slope_run)(const T *dy, const T *x, T *out, idx len, FN(sl
 {
     const T m = g.m[ch], a = g.a[ch], hi = g.hi[ch], k = g.k[ch], c = g.c[ch];
 #define AHEAD NOTHING
-#define FORMULA(load, i) ((load(dy + i) - m) * a - (load(x + i) - hi) * k) + c
+#define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
     if (streaming) SWEEP_STREAM else SWEEP_STORE
 #undef FORMULA
 #undef AHEAD
@@ -478,7 +483,7 @@ static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, 
 #define SHIFT x += ld, dy += ld, out += ld;
 #define AHEAD(i) __builtin_prefetch(x + ld + i), __builtin_prefetch(dy + ld + i);
 #define FORMULA(load, i)                                                                                               \
-    ((load(dy + i) - load(ms + i)) * load(as + i) - (load(x + i) - load(his + i)) * load(ks + i)) + load(cs + i)
+    ((load(dy + i) - load(ms + i)) - (load(x + i) - load(his + i)) * load(ks + i)) * load(as + i) + load(cs + i)
     EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
@@ -513,3 +518,4 @@ static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, con
 #undef T
 #undef FN
 #undef TINY
+#undef LARGEST

@@ -83,7 +83,7 @@ static void plan(call_t *k, int threads, int reads)
 {
     idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
     k->columns = k->inner == 1 || (k->inner < SMALL_PLANE && k->outer >= 8);
-    k->streaming = (reads + 1) * elements * size > last_level_cache; /* all that the step touches */
+    k->streaming = (reads + 1) * elements * size > last_level_cache / 2; /* others use that cache too */
     if (!k->columns) {
         k->runs = runs_of(k->outer, k->channels, k->inner);
         k->tile = 1;

@@ -269,7 +269,7 @@ static void FN(slopes_tile)(const call_t *k, idx i)
     for (idx c = first; c < first + t.channels; c++) {
         double mean = param_at(k->at_mean, c), var = param_at(k->at_var, c), weight = param_at(k->weight, c);
         if (k->batch) FN(slope_set)(g, c, mean, var, weight, k->eps, k->mean[c], k->second[c], (double)(k->outer * k->inner));
-        else g.a[c] = (T)(weight * inverse_std(var, k->eps));
+        else g.a[c] = (T)FN(within)(weight * inverse_std(var, k->eps));
     }
 }
 

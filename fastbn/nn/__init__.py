@@ -1,0 +1,37 @@
+"""fastbn.nn: a small trainer for networks with batch normalization, in NumPy and fastbn's own kernels.
+
+A layer is an object with ``y = layer(x)``, ``dx = layer.backward(dy)`` and ``layer.parameters()`` (`layer.py`); a
+network is a `Sequential` of them; an optimizer walks its parameters; `fit` is the loop. Nothing is recorded or hidden.
+
+Memory: each layer owns its output and its gradient and writes them anew at every call, so a steady training step
+allocates no array the size of a batch. What a layer, a loss or a batch iterator returns is therefore valid until its
+next call: copy what you keep.
+"""
+
+from .activations import ReLU, Sigmoid, Tanh
+from .batch_norm import BatchNorm
+from .batches import Batches
+from .fit import accuracy, fit
+from .layer import Layer
+from .linear import Linear
+from .losses import SoftmaxCrossEntropy
+from .optimizers import SGD, Adam, Optimizer, RMSprop
+from .sequential import Sequential
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "BatchNorm",
+    "Batches",
+    "Layer",
+    "Linear",
+    "Optimizer",
+    "RMSprop",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "SoftmaxCrossEntropy",
+    "Tanh",
+    "accuracy",
+    "fit",
+]

@@ -1,0 +1,51 @@
+"""fastbn.BatchNorm as a layer of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .. import checks, layers
+from .buffers import Buffer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class BatchNorm(layers.BatchNorm):
+    """`fastbn.BatchNorm` that keeps its output and gradient buffers and yields its parameters: a `Layer`.
+
+    Its place in the list decides what is normalized: before the activation (as in the paper, section 3.2) or after it.
+
+    Parameters
+    ----------
+    num_features : int
+    **options
+        As for `fastbn.BatchNorm`.
+    """
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self._y, self._dx = Buffer(), Buffer()
+
+    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+        """y, in `out` or in the layer's own memory. `backward` reads x again: leave it as it is until then."""
+        x = checks.data("x", x)
+        return super().__call__(x, out=self._y.lend(x.shape, x.dtype) if out is None else out)
+
+    def backward(self, dy: Any, *, out: Array | None = None) -> Array:
+        """dx, in `out` or in the layer's own memory, leaving `grad_weight` and `grad_bias`."""
+        dy = checks.data("dy", dy)
+        return super().backward(dy, out=self._dx.lend(dy.shape, dy.dtype) if out is None else out)
+
+    def parameter_gradients(self, dy: Any) -> None:
+        """`grad_weight` and `grad_bias`."""
+        self.backward(dy)
+
+    def parameters(self) -> Iterator[tuple[Array, Array | None]]:
+        """Weight and bias, where there are any."""
+        if self.weight is not None:
+            yield self.weight, self.grad_weight
+        if self.bias is not None:
+            yield self.bias, self.grad_bias

@@ -1,0 +1,209 @@
+"""The same bits: fused or not, on any number of threads, from every instruction set, wherever the data lies."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import (
+    COPIES,
+    INSTRUCTION_SETS,
+    load_kernels,
+    oracle_backward,
+    parameters,
+    run_python,
+    runnable_sets,
+    same_bits,
+    sample,
+)
+
+import fastbn
+from fastbn import backends
+
+# (outer, channels, inner), all large enough for a team of threads: the plans that a kernel may choose.
+GRIDS = {
+    "planes, fused or split by threads": (7, 9, 1601),
+    "planes in pieces, few channels": (3, 2, 17003),
+    "many channels of planes": (2, 67, 523),
+    "small planes as columns": (61, 33, 49),
+    "small planes, split": (1031, 5, 17),
+    "rows, fused": (301, 131, 1),
+    "rows, split": (5003, 67, 1),
+    "rows in chunks": (40009, 3, 1),
+    "rows, more channels than a tile": (67, 2053, 1),
+}
+
+
+@pytest.fixture(params=GRIDS)
+def grid(request):
+    return GRIDS[request.param]
+
+
+def make(grid, dtype):
+    outer, channels, inner = grid
+    x, dy = sample(grid, dtype), sample(grid, dtype, seed=2)
+    if inner == 1:
+        x, dy = x.reshape(outer, channels), dy.reshape(outer, channels)
+    return x, dy, *parameters(channels, np.float32)
+
+
+def everything(x, dy, weight, bias, mean, var, **settings):
+    """Every operation's every result, as bytes."""
+    y, saved = fastbn.batch_norm_forward(x, weight, bias, **settings)
+    e, fixed = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, **settings)
+    m = fastbn.moments(x, **settings)
+    backward, fixed_backward = (fastbn.batch_norm_backward(dy, s, **settings) for s in (saved, fixed))
+    results = [y, saved.mean, saved.var, e, m.mean, m.m2, *backward, *fixed_backward]
+    return [np.ascontiguousarray(result).tobytes() for result in results]
+
+
+def test_threads_and_instruction_sets(monkeypatch, dtype, grid):
+    data = make(grid, dtype)
+    want = None
+    for isa in runnable_sets():
+        monkeypatch.setattr(backends, "_backend", backends._load_instruction_set(isa))
+        for threads in (1, 2, 3, 8):
+            got = everything(*data, num_threads=threads)
+            want = want or got
+            assert got == want, f"{isa}, {threads} threads"
+    if want is None:
+        pytest.skip("no compiled kernels here")
+
+
+def test_numba_threads(monkeypatch, grid):
+    monkeypatch.setattr(backends, "_backend", load_kernels("numba"))
+    data = make(grid, np.float32)
+    want = everything(*data, num_threads=1)
+    for threads in (2, 3, 8):
+        assert everything(*data, num_threads=threads) == want, f"{threads} threads"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_fused_is_unfused(compiled, dtype, grid, threads):
+    """The kernels' own interface: the two steps of a pass, and the pass."""
+    outer, channels, inner = grid
+    x, dy, weight, bias, *_ = make(grid, dtype)
+    mean, m2, sum_dy, sum_dy_xmu = np.empty((4, channels))
+    y, dx = np.empty_like(x), np.empty_like(x)
+    compiled.moments(x, *grid, mean, m2, threads)
+    var = m2 / (outer * inner)
+    compiled.normalize(x, y, *grid, mean, var, weight, bias, 1e-5, threads)
+    compiled.gradient_moments(dy, x, *grid, mean, sum_dy, sum_dy_xmu, threads)
+    compiled.input_gradient(dy, x, dx, *grid, mean, var, weight, 1e-5, sum_dy, sum_dy_xmu, threads)
+
+    fused, fused_mean, fused_var = np.empty_like(x), np.empty(channels), np.empty(channels)
+    compiled.forward(x, fused, *grid, weight, bias, 1e-5, fused_mean, fused_var, threads)
+    same_bits(fused_mean, mean)
+    same_bits(fused_var, var)
+    same_bits(fused, y)
+    grad_weight, grad_bias = np.empty(channels), np.empty(channels)
+    compiled.backward(dy, x, fused, *grid, mean, var, weight, 1e-5, grad_weight, grad_bias, True, threads)
+    same_bits(fused, dx)
+    same_bits(grad_bias, sum_dy)
+    same_bits(grad_weight, sum_dy_xmu * (1 / np.sqrt(var + 1e-5)))
+
+
+def test_repeated_calls(kernels, dtype, grid):
+    data = make(grid, dtype)
+    assert everything(*data) == everything(*data)
+
+
+@pytest.mark.parametrize("memory", COPIES)
+def test_where_the_data_lies(compiled, dtype, memory):
+    """In a view, at an odd element or an odd byte: as in a compact copy. (test_layout: small arrays, every backend.)"""
+    for grid in ((3, 9, 1601), (61, 33, 49), (301, 131, 1)):
+        x, dy, *given = make(grid, dtype)
+        assert everything(memory(x), memory(dy), *given) == everything(x, dy, *given)
+
+
+def test_out_or_not(compiled, dtype, grid):
+    """`out`, misaligned, and in place."""
+    x, dy, weight, bias, *_ = make(grid, dtype)
+    y, saved = fastbn.batch_norm_forward(x, weight, bias)
+    dx = fastbn.batch_norm_backward(dy, saved)[0]
+    out = np.empty(x.size + 1, dtype)[1:].reshape(x.shape)
+    same_bits(fastbn.batch_norm_forward(x, weight, bias, out=out)[0], y)
+    same_bits(fastbn.batch_norm_backward(dy, saved, out=out)[0], dx)
+    same_bits(fastbn.batch_norm_backward(dy, saved, out=dy)[0], dx)
+    same_bits(fastbn.batch_norm(x, None, None, weight, bias, training=True, out=x), y)
+
+
+HASHES = """
+import hashlib, json, os
+import numpy as np, fastbn
+from fastbn import backends
+rng = np.random.default_rng(1)
+found = {}
+for dtype in (np.float32, np.float64):
+    x, dy = rng.standard_normal((2, 8, 24, 40, 41)).astype(dtype)
+    weight, bias = rng.standard_normal((2, 24)).astype(np.float32)
+    mean, var = rng.uniform(0.5, 2, (2, 24))
+    for axis in (1, -1):
+        view = lambda a: np.ascontiguousarray(np.moveaxis(a, 1, axis))
+        y, saved = fastbn.batch_norm_forward(view(x), weight, bias, axis=axis)
+        results = [y, *fastbn.batch_norm_backward(view(dy), saved)]
+        y, saved = fastbn.batch_norm_eval_forward(view(x), mean, var, weight, bias, axis=axis)
+        results += [y, *fastbn.batch_norm_backward(view(dy), saved)]
+        found[f"{axis} {np.dtype(dtype)}"] = [hashlib.sha256(r.tobytes()).hexdigest() for r in results]
+print(json.dumps([backends.config()["instruction set"], backends.num_threads(), found]))
+"""
+
+
+def test_environment():
+    """What the environment chooses takes effect, and changes no bit."""
+    sets = [isa for isa in INSTRUCTION_SETS if isa in runnable_sets()]
+    if not sets:
+        pytest.skip("no compiled kernels here, or for one instruction set alone")
+    hashes = []
+    for isa in sets:
+        for threads in (1, 2):
+            done = run_python(HASHES, FASTBN_ISA=isa, FASTBN_NUM_THREADS=str(threads))
+            in_use, team, found = json.loads(done.stdout)
+            assert (in_use, team) == (isa, threads)
+            hashes.append(found)
+    assert all(found == hashes[0] for found in hashes)
+
+
+def last_level_cache():
+    """Bytes, as the kernels read it; None where nothing says."""
+    try:
+        return int(subprocess.check_output(["getconf", "LEVEL3_CACHE_SIZE"], text=True)) or None
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Two stretches of float32 larger than the cache, the second misaligned."""
+    cache = last_level_cache()
+    if cache is None or cache > 1 << 29:
+        pytest.skip(f"the last-level cache has {cache} bytes, and the test needs three times as much memory")
+    size = cache // 4 + (1 << 18)
+    return np.empty(size, np.float32), np.empty(size + 1, np.float32)[1:]
+
+
+@pytest.mark.parametrize("shape", [(64, 1021, 1), (1, 3, 57463)], ids=["rows", "planes"])
+def test_streaming(compiled, large, shape):
+    """Arrays larger than the cache are written past it. The batch repeats one slab, and each is what it is alone."""
+    slab = sample(shape, np.float32)
+    slabs = large[0].size // slab.size
+    x, out = (memory[: slabs * slab.size].reshape(-1, *shape[1:]) for memory in large)
+    np.copyto(x.reshape(slabs, *shape), slab)
+    weight, bias, mean, var = parameters(shape[1], np.float32)
+
+    def check(want):
+        for i in {0, 1, 2, slabs // 3, slabs // 2, slabs - 2, slabs - 1}:
+            np.testing.assert_array_equal(out.reshape(slabs, *shape)[i], want)
+        out[...] = np.nan
+
+    _, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, out=out)
+    check(fastbn.batch_norm(slab, mean, var, weight, bias))
+    fastbn.batch_norm_backward(x, saved, out=out)
+    check(fastbn.batch_norm_backward(slab, fastbn.batch_norm_eval_forward(slab, mean, var, weight, bias)[1])[0])
+    _, saved = fastbn.batch_norm_forward(x, weight, bias, out=out)
+    np.testing.assert_allclose(saved.mean, slab.mean((0, 2), np.float64), rtol=1e-6, atol=1e-6)
+    check(fastbn.batch_norm(slab, saved.mean, saved.var, weight, bias))
+    fastbn.batch_norm_backward(x, saved, out=out)
+    want = oracle_backward(slab, slab, saved.mean, saved.var, weight, 1, True)[0]
+    np.testing.assert_allclose(out.reshape(slabs, *shape)[-1], want, atol=2e-5)
+    check(out.reshape(slabs, *shape)[0].copy())

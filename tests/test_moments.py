@@ -1,0 +1,94 @@
+"""Moments: what the kernels gather, and how they merge."""
+
+import pickle
+
+import numpy as np
+import pytest
+from conftest import F64, close_statistics, oracle_forward, sample
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbn
+from fastbn import Moments
+
+
+def assert_same(a, b):
+    assert a.count == b.count
+    close_statistics(a.mean, a.m2 / a.count, b.mean, b.m2 / b.count, F64)
+
+
+def test_shapes(kernels, dtype, case):
+    x = sample(case.shape, dtype, case.axis)
+    m = fastbn.moments(x, axis=case.axis)
+    _, mean, var = oracle_forward(x, None, None, case.axis)
+    assert m.count == x.size // x.shape[case.axis] and m.mean.dtype == m.m2.dtype == np.float64
+    close_statistics(m.mean, m.var(), mean, var, dtype)
+
+
+@given(cuts=st.lists(st.integers(0, 40), max_size=5))
+def test_merge(kernels, cuts):
+    """However the batch is cut (empty pieces too), and from either side, the pieces' moments merge into the whole's."""
+    x = sample((40, 3, 2), np.float64) + np.arange(40).reshape(40, 1, 1)  # no two pieces have one mean
+    whole = fastbn.moments(x)
+    pieces = [fastbn.moments(piece) for piece in np.split(x, sorted(cuts))]
+    left, right = pieces[0], pieces[-1]
+    for piece in pieces[1:]:
+        left = left + piece
+    for piece in pieces[-2::-1]:
+        right = piece + right
+    assert_same(left, whole)
+    assert_same(right, whole)
+
+
+def test_merge_of_unlike_pieces():
+    """One value and a thousand; means far apart."""
+    a, b = np.full((1, 1), 1e6), sample((1000, 1), np.float64)
+    assert_same(fastbn.moments(a) + fastbn.moments(b), fastbn.moments(np.concatenate([a, b])))
+
+
+def test_merge_leaves_its_operands():
+    a, b = fastbn.moments(sample((5, 3), np.float64)), fastbn.moments(sample((7, 3), np.float64, seed=1))
+    before = [v.copy() for v in (a.mean, a.m2, b.mean, b.m2)]
+    a + b
+    for value, was in zip((a.mean, a.m2, b.mean, b.m2), before, strict=True):
+        np.testing.assert_array_equal(value, was)
+
+
+def test_variance(kernels):
+    x = sample((5, 3, 7), np.float64)
+    m = fastbn.moments(x)
+    np.testing.assert_allclose(m.var(), x.var((0, 2)), rtol=1e-13)
+    np.testing.assert_allclose(m.var(unbiased=True), x.var((0, 2), ddof=1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0)])
+def test_empty(kernels, dtype, shape):
+    m = fastbn.moments(np.empty(shape, dtype))
+    assert m.count == 0 and (m.mean == 0).all() and (m.m2 == 0).all()
+    other = fastbn.moments(sample((4, 3), np.float64))
+    for merged in (m + other, other + m):
+        assert_same(merged, other)
+    with pytest.raises(ValueError, match="count is 0, and must be at least 1"):
+        m.var()
+
+
+def test_too_few_values():
+    m = fastbn.moments(np.ones((1, 3)))
+    assert (m.var() == 0).all()
+    with pytest.raises(ValueError, match="count is 1, and must be at least 2"):
+        m.var(unbiased=True)
+
+
+def test_merge_errors():
+    m = fastbn.moments(np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"4 channels cannot merge with those of 3"):
+        m + fastbn.moments(np.ones((2, 4)))
+    with pytest.raises(TypeError):
+        m + 1
+
+
+def test_pickle():
+    m = fastbn.moments(sample((5, 3), np.float64))
+    again = pickle.loads(pickle.dumps(m))
+    assert isinstance(again, Moments)
+    assert_same(again, m)
