@@ -1,7 +1,6 @@
 """The same bits: fused or not, on any number of threads, from every instruction set, wherever the data lies."""
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from conftest import (
     COPIES,
     INSTRUCTION_SETS,
     load_kernels,
-    oracle_backward,
     parameters,
     run_python,
     runnable_sets,
@@ -164,46 +162,28 @@ def test_environment():
     assert all(found == hashes[0] for found in hashes)
 
 
-def last_level_cache():
-    """Bytes, as the kernels read it; None where nothing says."""
+@pytest.mark.parametrize("caches", [(1, 1), (1, 1 << 40), (1 << 40, 1), (1 << 16, 1 << 40)], ids=str)
+@pytest.mark.parametrize("shape", [(700, 96, 1), (70, 5, 49), (9, 3, 1201), (2, 2, 20011)], ids=str)
+def test_caches(compiled, caches, shape):
+    """Fused or split, streamed or not, in tiles of any width, from any alignment: the same bits."""
+    x, dy = (sample(shape, np.float32, seed=seed) for seed in (0, 1))
+    weight, bias, _, _ = parameters(shape[1], np.float32)
+    before = compiled.caches()
+
+    def results(shift):
+        out = np.empty(x.size + shift, np.float32)[shift:].reshape(shape)
+        y, saved = fastbn.batch_norm_forward(x, weight, bias, out=out)
+        y = y.copy()
+        dx, *gradients = fastbn.batch_norm_backward(dy, saved, out=out)
+        dx = dx.copy()
+        fixed = fastbn.batch_norm_eval_forward(x, saved.mean, saved.var, weight, bias)
+        return [y, saved.mean, saved.var, dx, *gradients, fixed[0], *fastbn.batch_norm_backward(dy, fixed[1], out=out)]
+
+    want = results(0)
     try:
-        return int(subprocess.check_output(["getconf", "LEVEL3_CACHE_SIZE"], text=True)) or None
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        return None
-
-
-@pytest.fixture(scope="module")
-def large():
-    """Two stretches of float32 larger than the cache, the second misaligned."""
-    cache = last_level_cache()
-    if cache is None or cache > 1 << 29:
-        pytest.skip(f"the last-level cache has {cache} bytes, and the test needs three times as much memory")
-    size = cache // 4 + (1 << 18)
-    return np.empty(size, np.float32), np.empty(size + 1, np.float32)[1:]
-
-
-@pytest.mark.parametrize("shape", [(64, 1021, 1), (1, 3, 57463)], ids=["rows", "planes"])
-def test_streaming(compiled, large, shape):
-    """Arrays larger than the cache are written past it. The batch repeats one slab, and each is what it is alone."""
-    slab = sample(shape, np.float32)
-    slabs = large[0].size // slab.size
-    x, out = (memory[: slabs * slab.size].reshape(-1, *shape[1:]) for memory in large)
-    np.copyto(x.reshape(slabs, *shape), slab)
-    weight, bias, mean, var = parameters(shape[1], np.float32)
-
-    def check(want):
-        for i in {0, 1, 2, slabs // 3, slabs // 2, slabs - 2, slabs - 1}:
-            np.testing.assert_array_equal(out.reshape(slabs, *shape)[i], want)
-        out[...] = np.nan
-
-    _, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, out=out)
-    check(fastbn.batch_norm(slab, mean, var, weight, bias))
-    fastbn.batch_norm_backward(x, saved, out=out)
-    check(fastbn.batch_norm_backward(slab, fastbn.batch_norm_eval_forward(slab, mean, var, weight, bias)[1])[0])
-    _, saved = fastbn.batch_norm_forward(x, weight, bias, out=out)
-    np.testing.assert_allclose(saved.mean, slab.mean((0, 2), np.float64), rtol=1e-6, atol=1e-6)
-    check(fastbn.batch_norm(slab, saved.mean, saved.var, weight, bias))
-    fastbn.batch_norm_backward(x, saved, out=out)
-    want = oracle_backward(slab, slab, saved.mean, saved.var, weight, 1, True)[0]
-    np.testing.assert_allclose(out.reshape(slabs, *shape)[-1], want, atol=2e-5)
-    check(out.reshape(slabs, *shape)[0].copy())
+        compiled.set_caches(*caches)
+        for shift in (0, 1, 4, 7):
+            for got, expected in zip(results(shift), want, strict=True):
+                np.testing.assert_array_equal(got, expected)
+    finally:
+        compiled.set_caches(*before)

@@ -11,25 +11,25 @@
 - *Vectors by name.* Numba has no vector type, so this file makes one: `Vector`, 64 bytes of float32 or float64, with
   + - *, loads and stores, lowered straight to LLVM's vector instructions. Sums then have a fixed number of lanes and a
   fixed order, with neither fast-math nor a loop vectorizer that may choose differently in two drivers: the serial
-  and the parallel driver, and any number of threads, give the same bits. It also compiles faster than loops that
-  have to be analysed, allows y to be x, and is what a non-temporal store needs.
+  and the parallel driver, and any number of threads, give the same bits. y may be x, which a vectorizer's overlap
+  checks would slow down, and stores can go past the caches. Kernels see pointers: an array is counted at each call.
 - *Sums* are kept in the data's own type about a pivot taken from the block itself, and leave the block as float64. One
   sweep is enough where the pivot was good. A block where it was not (m2 < q/4), or where a square overflowed or
   vanished, is done again in two sweeps of float64. The choice depends on the data alone.
 - *mean = hi + lo*: subtracting hi is exact where it matters (x near the mean); lo's share is folded into b.
 - *Two shapes of data.* RUNS: a channel's values lie contiguous, `inner` at a time (large planes). COLUMNS: rows of
-  channels·inner values, a group of channels side by side (rows, where inner is 1, and small planes, a column a pixel, so
-  that no plane pays for a horizontal sum).
+  channels·inner values, a group of channels side by side (rows, where inner is 1, and small planes, a column a pixel,
+  so that no plane pays for a horizontal sum).
 - *A task* is a group of channels and a chunk of their values; the grid of tasks follows from the shape alone. Where one
   chunk holds all of a channel, both steps (sums, then apply, walking backwards) run in one task while the data
-  is in cache; otherwise the chunks' sums are merged in the grid's order between two passes.
-- *Compile time* counts: a function is compiled at its first call for each data type. So there are four task functions,
-  (forward, backward) × (runs, columns), whose `steps` argument selects sums, apply or both, and two one-line
-  drivers for each; parameters and statistics come as float64, and all inputs as read-only arrays, so that no second
-  signature arises. FASTBN_NUMBA_CACHE=1 keeps the machine code on disk; it is not the default because
-  Numba's cache does not see edits in files that a cached function imports.
-- *Threads.* A forked child must not enter a threading layer that its parent has used, and the workqueue layer aborts when
-  two threads enter it at once: see `_run`.
+  is in cache; otherwise the chunks' sums are merged in the grid's order between two passes. Where only the second
+  step is left to do (eval), tasks are stretches of memory in order.
+- *Compile time* counts: a function is compiled at its first call for each data type. So there are few task functions,
+  a serial and a parallel driver of one line for each, and one signature: parameters and statistics come as
+  float64, and all inputs as read-only arrays. FASTBN_NUMBA_CACHE=1 keeps the machine code on disk; it is not the
+  default because Numba's cache does not see edits in the functions that a cached one calls.
+- *Threads.* A forked child must not enter a threading layer that its parent has used, and the workqueue layer aborts
+  when two threads enter it at once: see `_run`.
 """
 
 from __future__ import annotations
@@ -41,26 +41,30 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from glob import glob
+from importlib import import_module
 from typing import Any, NamedTuple, TypeVar, cast
 
-import numba
 import numpy as np
-from llvmlite import ir
-from llvmlite.binding import get_host_cpu_name
-from numba import extending, types
-from numba.core import cgutils
+
+# Imported by name so that they are Any to the type checker, whether or not they are installed.
+numba: Any = import_module("numba")
+extending: Any = import_module("numba.extending")
+cgutils: Any = import_module("numba.core.cgutils")
+ir: Any = import_module("llvmlite.ir")
+binding: Any = import_module("llvmlite.binding")
+types = numba.types
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Pointer = Any  # to elements of float32 or float64; unlike an array it is not counted, and an index cannot be negative
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAME = "numba"
-INSTRUCTION_SET = f"the host's ({numba.config.CPU_NAME or get_host_cpu_name()})"
+INSTRUCTION_SET = f"the host's ({numba.config.CPU_NAME or binding.get_host_cpu_name()})"
 
 SUM, APPLY = 1, 2  # steps
 VECTOR_BYTES = 64
-# What is streamed starts at a cache line, lest a line be written half past the caches and half through them. Rows that follow
-# on each other without a gap need only be aligned to the least vector that can be streamed, as NumPy's arrays are.
+# What is streamed starts at a cache line, lest a line be written half past the caches and half through them. Rows
+# without a gap between them need only be aligned to the least vector that can be streamed, as NumPy's arrays are.
 LINE_ALIGNMENT, ROW_ALIGNMENT = 64, 16
 BLOCK = 8192  # values a block of runs sums before it merges
 BLOCK_ROWS = 256  # rows a block of columns sums before it merges
@@ -68,9 +72,7 @@ STRETCH = 1 << 16  # values of a task that goes over the memory once, in order
 AHEAD = 8192  # bytes: how far before their use columns are asked for
 TINY = (1e-290, 1e-30)  # mean squares under this have lost digits: in float64, in float32
 MAX_COLUMNS = 1024  # columns of a task: their sums stay in L1
-APART = (
-    13  # vectors between two scratch arrays, lest a store to one seem, in its low 12 bits, to meet a load of another
-)
+APART = 13  # vectors between two scratch arrays: at 4 KiB from each other, a store to one would seem to hit the other
 SMALL_PLANE = 512  # planes under this many values are taken as columns, if there are SMALL_PLANE_ROWS of them
 SMALL_PLANE_ROWS = 8
 CHUNKED_CHANNELS = 16  # runs of fewer channels than this are cut into chunks,
@@ -94,37 +96,37 @@ def _parallel(function: Function) -> Function:
 # ---- vectors ----
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):  # type: ignore[misc, name-defined]
     """VECTOR_BYTES of float32 or float64."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
         self.lanes = VECTOR_BYTES * 8 // element.bitwidth
+        self.llvm = ir.VectorType(ir.FloatType() if element == types.float32 else ir.DoubleType(), self.lanes)
         super().__init__(name=f"Vector({element})")
 
-    @property
-    def llvm(self) -> ir.VectorType:
-        return ir.VectorType(ir.FloatType() if self.element == types.float32 else ir.DoubleType(), self.lanes)
+
+def _model(manager: Any, vector: Any) -> Any:
+    return extending.models.PrimitiveModel(manager, vector, vector.llvm)
 
 
-@extending.register_model(Vector)
-class _VectorModel(extending.models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, vector.llvm)
+extending.register_model(Vector)(_model)
 
 
 def _operator(function: Any, instruction: str) -> None:
-    @extending.type_callable(function)  # type: ignore[untyped-decorator]
-    def _type(context: Any) -> Any:
+    def typed(context: Any) -> Any:
         return lambda a, b: a if isinstance(a, Vector) and a == b else None
 
-    @extending.lower_builtin(function, Vector, Vector)  # type: ignore[untyped-decorator]
-    def _lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def lowered(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return getattr(builder, instruction)(*args)
 
+    extending.type_callable(function)(typed)
+    extending.lower_builtin(function, Vector, Vector)(lowered)
 
-for _function, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    _operator(_function, _instruction)
+
+_operator(operator.add, "fadd")
+_operator(operator.sub, "fsub")
+_operator(operator.mul, "fmul")
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:
@@ -156,6 +158,12 @@ def _masked(builder: Any, operation: str, llvm: Any, result: Any, args: list[Any
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 
+def _halves(builder: Any, vector: Any, half: int) -> Any:
+    llvm = ir.VectorType(ir.IntType(32), half)
+    low, high = llvm(list(range(half))), llvm(list(range(half, 2 * half)))
+    return builder.shuffle_vector(vector, vector, low), builder.shuffle_vector(vector, vector, high)
+
+
 @_intrinsic
 def pointer(typing_context: Any, x: Any) -> Any:
     """x's memory. The caller keeps x."""
@@ -178,7 +186,7 @@ def address(typing_context: Any, x: Any, i: Any) -> Any:
 
 @_intrinsic
 def scratch(typing_context: Any, x: Any) -> Any:
-    """A value of x's type for each column of a task, on the stack of the calling function; the last vector may end past them."""
+    """Room for a value of x's type a column, on the stack of the calling function; a vector may end past the last."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = Vector(x.dtype)
@@ -287,13 +295,21 @@ def store(typing_context: Any, y: Any, i: Any, values: Any) -> Any:
 
 @_intrinsic
 def store_part(typing_context: Any, y: Any, i: Any, count: Any, values: Any) -> Any:
-    """The same for the first `count` values."""
+    """The same for the first `count` values, fewer than a vector: half of them or not, a quarter or not, …
+
+    A masked store is many times as slow on some processors, among them Zen 4.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = _address(builder, args[0], args[1], values.llvm)
-        align = ir.IntType(32)(y.dtype.bitwidth // 8)
-        mask = _mask(builder, values.lanes, args[2])
-        _masked(builder, "store", values.llvm, ir.VoidType(), [args[3], at, align, mask])
+        index, count, rest, half = args[1], args[2], args[3], values.lanes
+        while half > 1:
+            half //= 2
+            low, high = _halves(builder, rest, half)
+            there = builder.icmp_signed("!=", builder.and_(count, count.type(half)), count.type(0))
+            with builder.if_then(there):
+                builder.store(low, _address(builder, args[0], index, low.type), align=y.dtype.bitwidth // 8)
+            rest = builder.select(there, high, low)
+            index = builder.add(index, builder.select(there, index.type(half), index.type(0)))
         return context.get_dummy_value()
 
     return types.none(y, types.int64, types.int64, values), generate
@@ -320,7 +336,7 @@ def prefetch(typing_context: Any, x: Any, i: Any) -> Any:
         at, integer = builder.gep(args[0], [args[1]]), ir.IntType(32)
         llvm = ir.FunctionType(ir.VoidType(), [at.type, integer, integer, integer])
         function = cgutils.get_or_insert_function(builder.module, llvm, "llvm.prefetch.p0")
-        builder.call(function, [at, integer(0), integer(3), integer(1)])
+        builder.call(function, [at, integer(0), integer(2), integer(1)])
         return context.get_dummy_value()
 
     return types.none(x, types.int64), generate
@@ -347,11 +363,7 @@ def total(typing_context: Any, values: Any) -> Any:
             tree = builder.fpext(tree, ir.VectorType(ir.DoubleType(), half))
         while half > 1:
             half //= 2
-            low, high = (
-                ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(start, start + half)))
-                for start in (0, half)
-            )
-            tree = builder.fadd(builder.shuffle_vector(tree, tree, low), builder.shuffle_vector(tree, tree, high))
+            tree = builder.fadd(*_halves(builder, tree, half))
         return builder.extract_element(tree, ir.IntType(32)(0))
 
     return types.float64(values), generate
@@ -381,8 +393,8 @@ def _merge(count_a: float, mean_a: float, m2_a: float, count_b: float, mean_b: f
 def _stands(s: float, q: float, m2: float, count: float, tiny: float) -> bool:
     """May s and q, taken in the data's type about a pivot, stand for the block?
 
-    Not where the pivot was far from the mean, nor where squares overflowed (or the data is not finite) or lost digits to
-    underflow.
+    Not where the pivot was far from the mean, nor where squares overflowed (or the data is not finite) or lost
+    digits to underflow.
     """
     return (q - q == 0.0) & (m2 >= 0.25 * q) & ((q > tiny * count) | ((q == 0.0) & (s == 0.0)))
 
@@ -444,7 +456,7 @@ def _slopes(
 
 
 @_jit
-def _head(y: Pointer, start: int, length: int, alignment: int) -> int:
+def _head(y: Pointer, start: int, length: int, alignment: int) -> Any:
     """Elements from `start` to the first address that is aligned."""
     return min(length, -address(y, start) % alignment * lanes(y) // VECTOR_BYTES)
 
@@ -526,17 +538,9 @@ def _gradient_sums_runs(dy: Pointer, x: Pointer, start: int, runs: int, stride: 
 
 @_jit
 def _normalize_runs(
-    x: Pointer,
-    y: Pointer,
-    start: int,
-    runs: int,
-    stride: int,
-    length: int,
-    hi: float,
-    a: float,
-    b: float,
+    x: Pointer, y: Pointer, start: int, runs: int, stride: int, length: int, hi: float, a: float, b: float,
     streaming: int,
-) -> None:
+) -> None:  # fmt: skip
     h, va, vb = splat(x, hi), splat(x, a), splat(x, b)
     for r in range(runs):
         i = start + r * stride
@@ -640,16 +644,8 @@ def _backward_runs(
             q += block_q
         sum_dy[part, channel], sum_dy_xmu[part, channel] = s, q - (mean[channel] - hi) * s
     if steps & APPLY:
-        m, a, hi, k, c = _slopes(
-            x,
-            mean[channel],
-            var[channel],
-            weight[channel],
-            eps,
-            sum_dy[0, channel],
-            sum_dy_xmu[0, channel],
-            outer * inner,
-        )
+        s, q = sum_dy[0, channel], sum_dy_xmu[0, channel]
+        m, a, hi, k, c = _slopes(x, mean[channel], var[channel], weight[channel], eps, s, q, outer * inner)
         for block in range(last - 1, first - 1, -1):
             start, runs, length = _block(block, outer, channels, inner)
             _input_gradient_runs(dy, x, dx, origin + start, runs, stride, length, m, a, hi, k, c, streaming)
@@ -706,8 +702,8 @@ def _pivots(x: Pointer, start: int, rows: int, stride: int, width: int, inner: i
 def _ahead(x: Pointer, stride: int, columns: int) -> Any:
     """Where to prefetch while four rows are summed: how far on from there, and how to step while k goes along a row.
 
-    Memory likes to be read in order. Where the columns are the whole row, column k stands for the lines 4k to 4k + 3 vectors on
-    of four rows in one; else for column k of each of four rows.
+    Memory likes to be read in order: where the columns are the whole row, four later rows are one run, and the four
+    vectors from 4k on are asked for at column k; else column k of each of four rows.
     """
     row = stride * VECTOR_BYTES // lanes(x)
     rows = 4 if row >= AHEAD // 4 else 4 * ((AHEAD + 4 * row - 1) // (4 * row))
@@ -721,7 +717,7 @@ def _moments_columns(
     x: Pointer, start: int, rows: int, stride: int, width: int, inner: int,
     pivot: Pointer, sums: Pointer, squares: Pointer, before: float, mean: Pointer, m2: Pointer, at: int,
 ) -> None:  # fmt: skip
-    """Merge the moments of a block, `rows` rows of `width` channels, into mean[at:] and m2[at:], those of `before` values."""
+    """Merge the moments of a block of `rows` rows into those of `before` values a channel, mean[at:] and m2[at:]."""
     columns = width * inner
     whole = columns - columns % lanes(x)
     _pivots(x, start, rows, stride, width, inner, pivot)
@@ -849,17 +845,9 @@ def _gradient_sums_columns(
 
 @_jit
 def _normalize_columns(
-    x: Pointer,
-    y: Pointer,
-    start: int,
-    rows: int,
-    stride: int,
-    columns: int,
-    hi: Pointer,
-    a: Pointer,
-    b: Pointer,
+    x: Pointer, y: Pointer, start: int, rows: int, stride: int, columns: int, hi: Pointer, a: Pointer, b: Pointer,
     streaming: int,
-) -> None:
+) -> None:  # fmt: skip
     for r in range(rows):
         i, k = start + r * stride, 0
         if streaming > 0:
@@ -984,17 +972,10 @@ def _backward_columns(
 
 @_jit
 def _normalize_stretch(
-    task: int,
-    x_: Array,
-    y_: Array,
-    outer: int,
-    channels: int,
-    inner: int,
-    last: int,
-    coefficients: Array,
+    task: int, x_: Array, y_: Array, outer: int, channels: int, inner: int, last: int, coefficients: Array,
     streaming: int,
-) -> None:
-    """About STRETCH values with given coefficients; `last`: the task that ends the array, where tasks go backwards, or -1."""
+) -> None:  # fmt: skip
+    """About STRETCH values with given coefficients. `last`: the array's last task, where tasks go backwards, or -1."""
     x, y = pointer(x_), pointer(y_)
     if last >= 0:
         task = last - task
@@ -1002,18 +983,9 @@ def _normalize_stretch(
     if inner == 1:
         n = max(STRETCH // channels, 1)
         first = task * n
-        _normalize_columns(
-            x,
-            y,
-            first * channels,
-            min(n, outer - first),
-            channels,
-            channels,
-            pointer(hi),
-            pointer(a),
-            pointer(b),
-            streaming,
-        )
+        n = min(n, outer - first)
+        k = pointer(hi), pointer(a), pointer(b)
+        _normalize_columns(x, y, first * channels, n, channels, channels, k[0], k[1], k[2], streaming)
     else:
         n, pieces = max(STRETCH // inner, 1), (inner + STRETCH - 1) // STRETCH
         start = task % pieces * STRETCH
@@ -1021,8 +993,8 @@ def _normalize_stretch(
         first = task // pieces * n
         for plane in range(first, min(first + n, outer * channels)):
             c = plane % channels
-            k = np.float64(hi[c]), np.float64(a[c]), np.float64(b[c])
-            _normalize_runs(x, y, plane * inner + start, 1, 0, length, k[0], k[1], k[2], streaming)
+            v = np.float64(hi[c]), np.float64(a[c]), np.float64(b[c])
+            _normalize_runs(x, y, plane * inner + start, 1, 0, length, v[0], v[1], v[2], streaming)
     fence()
 
 
@@ -1054,8 +1026,10 @@ BACKWARD = {"runs": _drivers(_backward_runs), "columns": _drivers(_backward_colu
 
 
 class Grid(NamedTuple):
-    """How the work is cut into tasks: `groups` groups of `group` channels × `chunks` chunks of `chunk` of `extent` blocks (runs)
-    or rows (columns), and the number of values a channel has in each chunk."""
+    """How the work is cut into tasks: `groups` groups of `group` channels × `chunks` chunks.
+
+    A chunk is `chunk` of `extent` blocks (runs) or rows (columns), and has counts[chunk] values a channel.
+    """
 
     kind: str
     groups: int
@@ -1145,9 +1119,7 @@ def _run(drivers: Drivers, tasks: int, threads: int, x: Array, *args: Any) -> No
 
 def openmp() -> str:
     """The threading layer in use."""
-    return (
-        f"Numba's {_layer} threading layer" if _layer else "Numba's threading layer, chosen at the first parallel call"
-    )
+    return f"Numba's {_layer or 'default'} threading layer"
 
 
 @lru_cache(maxsize=1)
@@ -1212,9 +1184,9 @@ def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Ar
         parts: Any = (mean.reshape(1, -1), m2.reshape(1, -1))
     else:
         parts = np.empty((2, grid.chunks, channels))
-    _forward(grid, False, x, nowhere, outer, channels, inner, *parts, None, None, 0.0, threads)
+    _forward(grid, False, x, nowhere, outer, channels, inner, parts[0], parts[1], None, None, 0.0, threads)
     if grid.chunks > 1:
-        _merge_chunks(grid.counts, *parts, mean, m2)
+        _merge_chunks(grid.counts, parts[0], parts[1], mean, m2)
 
 
 def normalize(
@@ -1232,13 +1204,16 @@ def normalize(
     coefficients[1, :channels] = a
     a *= hi - mean
     coefficients[2, :channels] = a if bias is None else a + bias
+    streaming = _streaming(y, 2, channels, inner)
     if inner == 1:
         tasks = _up(outer, max(STRETCH // channels, 1))
     else:
+        if inner < SMALL_PLANE:
+            streaming = 0  # too few whole lines
         tasks = _up(outer * channels, max(STRETCH // inner, 1)) * _up(inner, STRETCH)
     _run(
         NORMALIZE, tasks, threads, _input(x), y.reshape(-1), outer, channels, inner,
-        tasks - 1 if backwards else -1, coefficients, _streaming(y, 2, channels, inner) if inner == 1 or inner >= SMALL_PLANE else 0,
+        tasks - 1 if backwards else -1, coefficients, streaming,
     )  # fmt: skip
 
 
@@ -1249,8 +1224,8 @@ def forward(
     """moments, then normalize with them. Writes y, mean and var."""
     grid = _grid(outer, channels, inner, x.itemsize)
     if grid.chunks == 1:
-        parts = mean.reshape(1, -1), var.reshape(1, -1)
-        _forward(grid, True, x, y, outer, channels, inner, *parts, weight, bias, eps, threads)
+        parts: Any = mean.reshape(1, -1), var.reshape(1, -1)
+        _forward(grid, True, x, y, outer, channels, inner, parts[0], parts[1], weight, bias, eps, threads)
         var /= outer * inner
     else:
         moments(x, outer, channels, inner, mean, var, threads)
@@ -1263,9 +1238,11 @@ def _backward(
     mean: Array, var: Array | None, sum_dy: Array, sum_dy_xmu: Array, weight: Array | None, eps: float, threads: int,
 ) -> None:  # fmt: skip
     _run(
-        BACKWARD[grid.kind], grid.groups * grid.chunks, threads, _input(dy), _input(x), dx.reshape(-1), steps, outer, channels, inner,
+        BACKWARD[grid.kind], grid.groups * grid.chunks, threads,
+        _input(dy), _input(x), dx.reshape(-1), steps, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, _parameter(mean, channels, 0.0),
-        _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu, _parameter(weight, channels, 1.0), eps, _streaming(dx, 3, channels, inner),
+        _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu,
+        _parameter(weight, channels, 1.0), eps, _streaming(dx, 3, channels, inner),
     )  # fmt: skip
 
 
@@ -1276,10 +1253,9 @@ def gradient_moments(
     """sum_dy = Σdy,  sum_dy_xmu = Σ dy·(x - mean). Writes both."""
     grid = _grid(outer, channels, inner, x.itemsize)
     nowhere = np.empty(0, x.dtype)
-    parts = np.empty((2, grid.chunks, channels))
-    _backward(grid, SUM, dy, x, nowhere, outer, channels, inner, mean, None, *parts, None, 0.0, threads)
-    parts.sum(axis=1, out=parts[:, 0])
-    sum_dy[...], sum_dy_xmu[...] = parts[:, 0]
+    parts: Any = np.empty((2, grid.chunks, channels))
+    _backward(grid, SUM, dy, x, nowhere, outer, channels, inner, mean, None, parts[0], parts[1], None, 0.0, threads)
+    sum_dy[...], sum_dy_xmu[...] = parts.sum(axis=1)
 
 
 def input_gradient(
@@ -1288,8 +1264,8 @@ def input_gradient(
 ) -> None:  # fmt: skip
     """dx = weight/σ · (dy - Σdy/n - x̂ · Σ(dy·x̂)/n),  x̂ = (x - mean)/σ. Writes dx."""
     grid = _grid(outer, channels, inner, x.itemsize)
-    parts = np.array((sum_dy, sum_dy_xmu), np.float64).reshape(2, 1, -1)
-    _backward(grid, APPLY, dy, x, dx, outer, channels, inner, mean, var, *parts, weight, eps, threads)
+    parts: Any = np.array((sum_dy, sum_dy_xmu), np.float64).reshape(2, 1, -1)
+    _backward(grid, APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, eps, threads)
 
 
 def backward(
@@ -1303,14 +1279,16 @@ def backward(
     dx = dy · weight/σ.
     """
     grid = _grid(outer, channels, inner, x.itemsize)
-    sums = np.empty((2, channels))
+    sums: Any = np.empty((2, channels))
     if batch and grid.chunks == 1:
         parts = sums[:, np.newaxis]
-        _backward(grid, SUM | APPLY, dy, x, dx, outer, channels, inner, mean, var, *parts, weight, eps, threads)
+        _backward(
+            grid, SUM | APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, eps, threads
+        )
     else:
-        gradient_moments(dy, x, outer, channels, inner, mean, *sums, threads)
+        gradient_moments(dy, x, outer, channels, inner, mean, sums[0], sums[1], threads)
         if batch:
-            input_gradient(dy, x, dx, outer, channels, inner, mean, var, weight, eps, *sums, threads)
+            input_gradient(dy, x, dx, outer, channels, inner, mean, var, weight, eps, sums[0], sums[1], threads)
         else:  # (dy - 0)·weight/σ + 0
             normalize(dy, dx, outer, channels, inner, np.zeros(channels), var, weight, None, eps, threads)
     grad_bias[...] = sums[0]

@@ -43,6 +43,7 @@ cdef extern from "tasks.h":
     ctypedef void (*task_t)(const call_t *, idx) noexcept nogil
     call_t no_call() noexcept nogil
     void read_caches() noexcept nogil
+    idx level2_cache, last_level_cache
     void plan(call_t *, int, int) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
@@ -111,6 +112,17 @@ def openmp():
     if OPENMP_VERSION == 0:
         return "none: the compiler had no OpenMP, and the kernels run on one thread"
     return f"OpenMP {OPENMP_VERSION // 100}-{OPENMP_VERSION % 100:02d} of the compiler that built the kernels"
+
+
+def caches():
+    """The sizes in bytes by which work is divided and streaming chosen: (level 2, last level)."""
+    return level2_cache, last_level_cache
+
+
+def set_caches(idx level2, idx last_level):
+    """Other sizes, for tests and for measuring; they move no bit of a result."""
+    global level2_cache, last_level_cache
+    level2_cache, last_level_cache = level2, last_level
 
 
 # Fewer elements than this are done sooner by the caller alone than by a team.

@@ -90,7 +90,7 @@ static void plan(call_t *k, int threads, int reads)
         k->tiles = k->channels;
         k->chunks = k->runs.blocks;
         k->chunk = 1;
-        k->fused = k->channels >= 4 * threads;
+        k->fused = k->channels >= 4 * (idx)threads;
         return;
     }
     idx rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
