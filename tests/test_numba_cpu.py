@@ -141,7 +141,7 @@ def test_poor_pivots(shape, dtype, bound, ratio):
     x = x.astype(dtype)
     y, mean, var = normalized(x)
     y_, mean_, var_ = expected(x)
-    assert np.abs(y - y_).max() <= bound
+    assert (np.abs(y - y_) <= bound * np.maximum(1, np.abs(y_) / 5)).all()
     assert (np.abs(mean - mean_) <= bound * np.sqrt(var_)).all()
     np.testing.assert_allclose(var, var_, rtol=bound)
 

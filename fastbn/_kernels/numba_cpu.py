@@ -4,7 +4,7 @@
     merge           Chan, Golub and LeVeque (1983): two (count, mean, m2) into one, in float64
     normalize       y = (x - hi)·a + b                  a = weight/σ,  hi + lo = mean,  b = bias - lo·a
     gradient sums   Σ dy,  Σ dy·(x - hi)
-    input gradient  dx = ((dy - m)·a - (x - hi)·k) + c
+    input gradient  dx = ((dy - m) - (x - hi)·k)·a + c
 
 `reference.py` says what each function computes and in what arguments; `README.md` derives the formulas. Design:
 
@@ -70,6 +70,7 @@ BLOCK = 8192  # values a block of runs sums before it merges
 BLOCK_ROWS = 256  # rows a block of columns sums before it merges
 STRETCH = 1 << 16  # values of a task that goes over the memory once, in order
 AHEAD = 8192  # bytes: how far before their use columns are asked for
+LARGEST = (float(np.finfo(np.float64).max), float(np.finfo(np.float32).max))
 TINY = (1e-290, 1e-30)  # mean squares under this have lost digits: in float64, in float32
 MAX_COLUMNS = 1024  # columns of a task: their sums stay in L1
 APART = 13  # vectors between two scratch arrays: at 4 KiB from each other, a store to one would seem to hit the other
@@ -435,9 +436,16 @@ def _gradient_sums_wide(dy: Pointer, x: Pointer, start: int, runs: int, stride: 
 
 
 @_jit
+def _within(x: Pointer, scale: float) -> float:
+    """The scale, or the largest that x's type can hold: a constant channel's x - hi is 0, and must stay so."""
+    largest = LARGEST[lanes(x) // 16]
+    return largest if scale > largest else -largest if scale < -largest else scale
+
+
+@_jit
 def _coefficients(x: Pointer, mean: float, var: float, weight: float, bias: float, eps: float) -> Any:
     """hi, a and b of y = (x - hi)·a + b."""
-    a = weight / np.sqrt(var + eps)
+    a = _within(x, weight / np.sqrt(var + eps))
     hi = np.float64(rounded(x, mean))
     return hi, a, bias - (mean - hi) * a
 
@@ -446,13 +454,12 @@ def _coefficients(x: Pointer, mean: float, var: float, weight: float, bias: floa
 def _slopes(
     x: Pointer, mean: float, var: float, weight: float, eps: float, sum_dy: float, sum_dy_xmu: float, count: int
 ) -> Any:
-    """m, a, hi, k and c of dx = ((dy - m)·a - (x - hi)·k) + c."""
-    inverse = 1.0 / np.sqrt(var + eps)
-    a = weight * inverse
-    k = a * inverse * inverse * (sum_dy_xmu / count)
+    """m, a, hi, k and c of dx = ((dy - m) - (x - hi)·k)·a + c."""
+    a = _within(x, weight / np.sqrt(var + eps))
+    k = sum_dy_xmu / count / (var + eps)
     m = np.float64(rounded(x, sum_dy / count))
     hi = np.float64(rounded(x, mean))
-    return m, a, hi, k, (mean - hi) * k - a * (sum_dy / count - m)
+    return m, a, hi, k, a * ((mean - hi) * k - (sum_dy / count - m))
 
 
 @_jit
@@ -572,19 +579,19 @@ def _input_gradient_runs(
         if streaming > 0:
             n = _head(dx, i, length, streaming)
             if n > 0:
-                g = (load_part(dy, i, n, vm) - vm) * va
-                store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) + vc)
+                g = load_part(dy, i, n, vm) - vm
+                store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) * va + vc)
                 i += n
             while i + lanes(x) <= end:
-                stream(dx, i, ((load(dy, i) - vm) * va - (load(x, i) - vh) * vk) + vc)
+                stream(dx, i, ((load(dy, i) - vm) - (load(x, i) - vh) * vk) * va + vc)
                 i += lanes(x)
         while i + lanes(x) <= end:
-            store(dx, i, ((load(dy, i) - vm) * va - (load(x, i) - vh) * vk) + vc)
+            store(dx, i, ((load(dy, i) - vm) - (load(x, i) - vh) * vk) * va + vc)
             i += lanes(x)
         if i < end:
             n = end - i
-            g = (load_part(dy, i, n, vm) - vm) * va
-            store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) + vc)
+            g = load_part(dy, i, n, vm) - vm
+            store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) * va + vc)
 
 
 @_jit
@@ -877,25 +884,33 @@ def _input_gradient_columns(
         if streaming > 0:
             i = _head(dx, at, columns, streaming)
             if i > 0:
-                g = (load_part(dy, at, i, load(m, 0)) - load(m, 0)) * load(a, 0)
-                store_part(dx, at, i, (g - (load_part(x, at, i, load(hi, 0)) - load(hi, 0)) * load(k, 0)) + load(c, 0))
+                g = load_part(dy, at, i, load(m, 0)) - load(m, 0)
+                store_part(
+                    dx,
+                    at,
+                    i,
+                    (g - (load_part(x, at, i, load(hi, 0)) - load(hi, 0)) * load(k, 0)) * load(a, 0) + load(c, 0),
+                )
             while i + lanes(x) <= columns:
                 prefetch(x, at + i + stride)
                 prefetch(dy, at + i + stride)
-                g = (load(dy, at + i) - load(m, i)) * load(a, i)
-                stream(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) + load(c, i))
+                g = load(dy, at + i) - load(m, i)
+                stream(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i))
                 i += lanes(x)
         while i + lanes(x) <= columns:
             prefetch(x, at + i + stride)
             prefetch(dy, at + i + stride)
-            g = (load(dy, at + i) - load(m, i)) * load(a, i)
-            store(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) + load(c, i))
+            g = load(dy, at + i) - load(m, i)
+            store(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i))
             i += lanes(x)
         if i < columns:
             n = columns - i
-            g = (load_part(dy, at + i, n, load(m, i)) - load(m, i)) * load(a, i)
+            g = load_part(dy, at + i, n, load(m, i)) - load(m, i)
             store_part(
-                dx, at + i, n, (g - (load_part(x, at + i, n, load(hi, i)) - load(hi, i)) * load(k, i)) + load(c, i)
+                dx,
+                at + i,
+                n,
+                (g - (load_part(x, at + i, n, load(hi, i)) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i),
             )
 
 
@@ -1198,6 +1213,8 @@ def normalize(
     a = 1.0 / np.sqrt(np.asarray(var, np.float64) + eps)
     if weight is not None:
         a *= weight
+    if x.itemsize == 4:
+        np.clip(a, -LARGEST[1], LARGEST[1], out=a)  # see _within
     coefficients = np.zeros((3, channels + 2 * VECTOR_BYTES), x.dtype)  # room for the last vector
     hi = coefficients[0, :channels]
     hi[...] = mean

@@ -45,12 +45,14 @@ static inline idx FN(misaligned)(const T *p, idx len, uintptr_t bytes)
     return off % sizeof(T) ? len : least(len, (idx)(off / sizeof(T)));
 }
 
-/* The element-wise loop: out[i] = FORMULA(load, i) for i from 0 to len. Single elements and narrow vectors until the output is
- * aligned, whole vectors, and the same at the end: a store or load that straddles two cache lines costs two. AHEAD(i) asks for
- * what the hardware does not foresee. */
+/* The element-wise loop: out[at] = FORMULA(load, at, i) for `rows` rows that go together, at = row·ld + i, i from 0 to len. Single
+ * elements and narrow vectors until the output is aligned, whole vectors, and the same at the end: a store or load that
+ * straddles two cache lines costs two. PREPARE(load, i) is what the rows have in common; AHEAD(i) asks for what the
+ * hardware does not foresee. */
 #define STEP(LOAD, STORE, count)                                                                                       \
     {                                                                                                                  \
-        STORE(out + i, FORMULA(LOAD, i));                                                                              \
+        PREPARE(LOAD, i)                                                                                               \
+        for (idx row = 0; row < rows; row++) STORE(out + row * ld + i, FORMULA(LOAD, row * ld + i));                   \
         i += count;                                                                                                    \
     }
 #define SWEEP(STORE, STORE16)                                                                                          \
@@ -167,17 +169,20 @@ static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, dou
     k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
 }
 
-#define NOTHING(i)
+#define NOTHING(...)
 
 /* IN x, OUT y: one run of channel c. out may be x. */
 static inline void FN(apply_run)(const T *x, T *out, idx len, FN(coefs) v, idx c, int streaming)
 {
+    const idx rows = 1, ld = 0;
     const T hi = v.hi[c], a = v.a[c], b = v.b[c];
 #define AHEAD NOTHING
+#define PREPARE NOTHING
 #define FORMULA(load, i) (load(x + i) - hi) * a + b
     if (streaming) SWEEP_STREAM else SWEEP_STORE
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 }
 
 /* Gradient sums of a block about hi, in the data's type or, where that overflowed, in float64. */
@@ -250,28 +255,36 @@ static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, d
 /* IN dy, x, OUT dx: one run of channel ch. out may be dy or x. */
 static inline void FN(slope_run)(const T *dy, const T *x, T *out, idx len, FN(slopes) g, idx ch, int streaming)
 {
+    const idx rows = 1, ld = 0;
     const T m = g.m[ch], a = g.a[ch], hi = g.hi[ch], k = g.k[ch], c = g.c[ch];
 #define AHEAD NOTHING
+#define PREPARE NOTHING
 #define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
     if (streaming) SWEEP_STREAM else SWEEP_STORE
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 }
 
 /* IN dy, OUT dx: one run with fixed statistics, dx = dy·a; x is not read. */
 static inline void FN(scale_run)(const T *dy, T *out, idx len, T a, int streaming)
 {
+    const idx rows = 1, ld = 0;
 #define AHEAD NOTHING
+#define PREPARE NOTHING
 #define FORMULA(load, i) load(dy + i) * a
     if (streaming) SWEEP_STREAM else SWEEP_STORE
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 }
 
 /* IN a, b, OUT out: out = a, or a + b where there is a b. What memory allows: the measure of everything above. */
 static void FN(copy_or_add_run)(const T *a, const T *b, T *out, idx len, int streaming)
 {
+    const idx rows = 1, ld = 0;
 #define AHEAD NOTHING
+#define PREPARE NOTHING
 #define FORMULA(load, i) load(a + i)
     if (!b) {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
@@ -283,6 +296,7 @@ static void FN(copy_or_add_run)(const T *a, const T *b, T *out, idx len, int str
     }
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 }
 
 /* ---- columns ---------------------------------------------------------------------------------------------- */
@@ -319,15 +333,14 @@ static void FN(spread_columns)(const T *channel, tile_t t, T *column)
         for (idx j = 0; j < t.inner; j++) column[c * t.inner + j] = channel[c];
 }
 
-/* Pivots: the mean of four rows, or of the first row's columns of the channel; for a constant channel, its value. */
+/* Pivots: the mean of four rows, or of some of the channel's columns in the first row; for a constant channel, its value. */
 static void FN(pivots)(const T *x, idx rows, tile_t t, T *pivot)
 {
     const T *x1 = x + t.ld, *x2 = x1 + t.ld, *x3 = x2 + t.ld, quarter = (T)0.25;
     if (t.inner > 1)
         for (idx c = 0; c < t.channels; c++) {
-            double first = 0;
-            for (idx j = 0; j < t.inner; j++) first += (double)x[c * t.inner + j];
-            T mean = (T)(first / (double)t.inner);
+            const T *row = x + c * t.inner;
+            T mean = t.inner < 16 ? row[0] : (T)(FN(sum_lanes)(row, 16) / 16);
             for (idx j = 0; j < t.inner; j++) pivot[c * t.inner + j] = mean;
         }
     else if (rows >= 4)
@@ -409,23 +422,40 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
             if (!FN(stands)(sum[c], squares[c], m2[c], count)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
-/* Rows [0, all) of a tile, one after the other: memory is read and written in order, and the coefficients stay in L1. */
+/* Rows [0, all) of a tile. Short rows that lie one behind the other go four at a time: they share a load of the coefficients, and
+ * what comes next is asked for in memory's order. Others go one by one: rows apart by pages would meet in one set of L1,
+ * and streaming stores want memory in order. */
 #define EACH_ROW(SHIFT)                                                                                                \
-    for (idx r = 0; r < all; r++) {                                                                                    \
+    idx r = 0;                                                                                                         \
+    if (!streaming && len == ld && ld * (idx)sizeof(T) <= 2048)                                                        \
+        for (const idx rows = 4; r + 4 <= all; r += 4) {                                                               \
+            SWEEP_STORE                                                                                                \
+            SHIFT(4)                                                                                                   \
+        }                                                                                                              \
+    for (const idx rows = 1; r < all; r++) {                                                                           \
         if (streaming) SWEEP_STREAM else SWEEP_STORE                                                                   \
-        SHIFT                                                                                                          \
+        SHIFT(1)                                                                                                       \
     }
+
+static inline __attribute__((always_inline)) void FN(ask_rows)(const T *p, idx i, idx rows, idx ld)
+{
+    if (rows == 1) __builtin_prefetch(p + ld + i);
+    else
+        for (int l = 0; l < 4 * VECTOR_BYTES; l += 64) __builtin_prefetch((const char *)(p + 4 * ld + 4 * i) + l);
+}
 
 /* IN x, OUT y: `all` rows of `len` columns. out may be x. */
 static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(coefs) v, int streaming)
 {
     const T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
-#define SHIFT x += ld, out += ld;
-#define AHEAD(i) __builtin_prefetch(x + ld + i);
-#define FORMULA(load, i) (load(x + i) - load(his + i)) * load(as + i) + load(bs + i)
+#define SHIFT(n) x += n * ld, out += n * ld;
+#define PREPARE(load, i) __typeof__(load(his)) hi = load(his + i), a = load(as + i), b = load(bs + i);
+#define AHEAD(i) FN(ask_rows)(x, i, rows, ld);
+#define FORMULA(load, i) (load(x + i) - hi) * a + b
     EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 #undef SHIFT
 }
 
@@ -480,25 +510,29 @@ static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, co
 static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, idx len, FN(slopes) g, int streaming)
 {
     const T *restrict ms = g.m, *restrict as = g.a, *restrict his = g.hi, *restrict ks = g.k, *restrict cs = g.c;
-#define SHIFT x += ld, dy += ld, out += ld;
-#define AHEAD(i) __builtin_prefetch(x + ld + i), __builtin_prefetch(dy + ld + i);
-#define FORMULA(load, i)                                                                                               \
-    ((load(dy + i) - load(ms + i)) - (load(x + i) - load(his + i)) * load(ks + i)) * load(as + i) + load(cs + i)
+#define SHIFT(n) x += n * ld, dy += n * ld, out += n * ld;
+#define PREPARE(load, i)                                                                                               \
+    __typeof__(load(ms)) m = load(ms + i), a = load(as + i), hi = load(his + i), k = load(ks + i), c = load(cs + i);
+#define AHEAD(i) FN(ask_rows)(x, i, rows, ld), FN(ask_rows)(dy, i, rows, ld);
+#define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
     EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 #undef SHIFT
 }
 
 /* IN dy, OUT dx: `all` rows of `len` columns with fixed statistics, dx = dy·a. */
 static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, const T *restrict as, int streaming)
 {
-#define SHIFT dy += ld, out += ld;
-#define AHEAD(i) __builtin_prefetch(dy + ld + i);
-#define FORMULA(load, i) load(dy + i) * load(as + i)
+#define SHIFT(n) dy += n * ld, out += n * ld;
+#define PREPARE(load, i) __typeof__(load(as)) a = load(as + i);
+#define AHEAD(i) FN(ask_rows)(dy, i, rows, ld);
+#define FORMULA(load, i) load(dy + i) * a
     EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
+#undef PREPARE
 #undef SHIFT
 }
 

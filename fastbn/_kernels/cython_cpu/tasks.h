@@ -78,6 +78,9 @@ static void read_caches(void)
 /* Planes under this many elements are served as columns, given the images to make that worth while. */
 #define SMALL_PLANE 512
 
+/* A tile of fewer columns than this, in the middle of longer rows, reads and writes memory in too small pieces. */
+#define NARROWEST 256
+
 /* Chooses tiles and parts. `reads`: tensors that a step reads; only the work's division depends on `threads`. */
 static void plan(call_t *k, int threads, int reads)
 {
@@ -98,11 +101,11 @@ static void plan(call_t *k, int threads, int reads)
     k->chunks = (k->outer + k->chunk - 1) / k->chunk;
 
     idx fits = level2_cache / 2 / (reads * size * k->outer); /* columns of a tile that stays in cache */
-    k->fused = fits >= least(columns, 64);
+    k->fused = fits >= least(columns, NARROWEST);
     idx width = MAX_COLUMNS;
     if (k->fused) {
         idx eighth = (columns / 8 + 15) / 16 * 16; /* enough tiles to share out */
-        if (eighth < 64) eighth = 64;
+        if (eighth < NARROWEST) eighth = NARROWEST;
         width = least(least(fits, eighth), MAX_COLUMNS);
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
