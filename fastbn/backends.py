@@ -182,19 +182,20 @@ def _default_threads() -> int:
 
 def num_threads(asked: int | None = None) -> int:
     """The number of threads for a call: as asked, or from the settings; one in a forked child."""
+    return serving(asked)[1]
+
+
+def serving(asked: int | None = None) -> tuple[Any, int]:
+    """The kernels and the number of threads for a call made here and now."""
     global _threads
+    chosen, threads = _context.get()
     if asked is not None:
-        asked = checks.threads("num_threads", asked)
-    if _forked:
-        return 1
-    if asked is not None:
-        return asked
-    threads = _context.get()[1]
-    if threads is not None:
-        return threads
-    if _threads is None:
-        _threads = _default_threads()
-    return _threads
+        threads = checks.threads("num_threads", asked)
+    elif threads is None:
+        if _threads is None:
+            _threads = _default_threads()
+        threads = _threads
+    return chosen or _backend or kernels(), 1 if _forked else threads
 
 
 def set_num_threads(n: int) -> None:

@@ -22,17 +22,20 @@ MOST_THREADS = 4096
 
 def data(name: str, x: Any) -> Array:
     """An array of float32 or float64, as it is."""
-    if type(x) is not np.ndarray:
-        x = _as_ndarray(name, x)
+    if type(x) is np.ndarray and (x.dtype is F32 or x.dtype is F64):  # the usual case, settled by identity
+        return x  # type: ignore[no-any-return]
+    x = _as_ndarray(name, x)
     if x.dtype != F32 and x.dtype != F64:
         swapped = (
             "; it is in the other byte order: use .astype(dtype.newbyteorder('='))" if not x.dtype.isnative else ""
         )
         raise TypeError(f"{name} has dtype {x.dtype}, and must be float32 or float64{swapped}")
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def _as_ndarray(name: str, x: Any) -> Array:
+    if type(x) is np.ndarray:
+        return x  # type: ignore[no-any-return]
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(...)")
     if isinstance(x, np.matrix):
@@ -61,13 +64,10 @@ def parameter(name: str, p: Any, channels: int) -> Array | None:
 
 
 def _vector(name: str, p: Any, channels: int) -> Array:
-    if type(p) is not np.ndarray:
-        p = _as_ndarray(name, p)
-    if p.dtype != F32 and p.dtype != F64:
-        raise TypeError(f"{name} has dtype {p.dtype}, and must be float32 or float64")
+    p = data(name, p)
     if p.shape != (channels,):
         raise ValueError(f"{name} has shape {p.shape}, and must have shape ({channels},): one value a channel")
-    return p  # type: ignore[no-any-return]
+    return p
 
 
 def running(running_mean: Any, running_var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from .statistics import Moments
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Saved:
     """What a backward pass needs of its forward pass.
 
@@ -220,9 +220,9 @@ def batch_norm_backward(
     channels = layout.channels
     dweight = np.empty(channels, x.dtype if weight is None else weight.dtype)
     dbias = np.empty(channels, x.dtype if bias is None else bias.dtype)
-    threads = backends.num_threads(num_threads)
+    kernels, threads = backends.serving(num_threads)
     if x.size:
-        backends.kernels().backward(
+        kernels.backward(
             gradient, x, memory, layout.outer, channels, layout.inner,
             saved.mean, saved.var, weight, saved.eps, dweight, dbias, saved.batch, threads,
         )  # fmt: skip
@@ -255,9 +255,9 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
     source, layout = canonical("x", x, axis)
     outer, channels, inner = layout[:3]
     mean, m2 = np.zeros(channels), np.zeros(channels)
-    threads = backends.num_threads(num_threads)
+    kernels, threads = backends.serving(num_threads)
     if source.size:
-        backends.kernels().moments(source, outer, channels, inner, mean, m2, threads)
+        kernels.moments(source, outer, channels, inner, mean, m2, threads)
     return Moments(layout.values, mean, m2)
 
 
@@ -267,22 +267,22 @@ def _forward(
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by the batch's statistics. `given`: x as the caller gave it; `apart`: more that `out` must not overlap."""
     outer, channels, inner = layout[:3]
-    checks.enough_values(outer * inner, layout.from_memory(x).shape)
-    others = {"x": given, "weight": weight, "bias": bias}
-    weight = checks.parameter("weight", weight, channels)
-    bias = checks.parameter("bias", bias, channels)
+    if outer * inner == 1:
+        checks.enough_values(1, layout.from_memory(x).shape)
+    w, b = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)
     memory, y = output("out", out, x, layout)
     if out is not None:
+        others = {"x": given, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
         checks.overlap("out", out, others, same_as=same_as)
-    threads = backends.num_threads(num_threads)
+    kernels, threads = backends.serving(num_threads)
     mean, var = np.empty(channels), np.empty(channels)
     if x.size:
-        backends.kernels().forward(x, memory, outer, channels, inner, weight, bias, eps, mean, var, threads)
+        kernels.forward(x, memory, outer, channels, inner, w, b, eps, mean, var, threads)
     else:
         mean[...] = var[...] = 0
-    return finish(memory, y, layout), Saved(x, layout, mean, var, weight, bias, eps, True)
+    return finish(memory, y, layout), Saved(x, layout, mean, var, w, b, eps, True)
 
 
 def _normalize(
@@ -298,8 +298,8 @@ def _normalize(
     memory, y = output("out", out, x, layout)
     if out is not None:
         checks.overlap("out", out, others, same_as=same_as)
-    threads = backends.num_threads(num_threads)
+    kernels, threads = backends.serving(num_threads)
     mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if x.size:
-        backends.kernels().normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, threads)
+        kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, threads)
     return finish(memory, y, layout), Saved(x, layout, mean, var, weight, bias, eps, False)

@@ -1065,6 +1065,8 @@ def _grid(outer: int, channels: int, inner: int, itemsize: int) -> Grid:
     if inner == 1 or (inner < SMALL_PLANE and outer >= SMALL_PLANE_ROWS):
         fits = FUSED_BYTES // (outer * itemsize)  # columns of a task whose values stay in cache
         fused = fits >= min(FEWEST_COLUMNS, channels * inner)
+        if inner == 1 and outer > BLOCK_ROWS and channels > FEWEST_COLUMNS:
+            fused = False  # so tall a group of a row's columns falls into few sets of the cache
         columns = MAX_COLUMNS
         if fused:
             columns = min(columns, fits, max(FEWEST_COLUMNS, channels * inner // 8))  # enough tasks to share out
