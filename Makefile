@@ -1,9 +1,11 @@
 # Every target sets itself up in .venv and touches nothing outside this folder.
 PYTHON ?= python3
+export PIP_CACHE_DIR := $(CURDIR)/.venv/cache/pip
 export MPLCONFIGDIR := $(CURDIR)/.venv/cache/matplotlib
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q --cache-dir .venv/cache
-SOURCES := setup.py pyproject.toml $(wildcard fastbn/_kernels/cython_cpu/*.py* fastbn/_kernels/cython_cpu/*.h)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+KERNELS := fastbn/_kernels/cython_cpu
+SOURCES := setup.py pyproject.toml $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
 
 .PHONY: demo test bench bench-smoke lint peers clean
 
@@ -29,17 +31,18 @@ lint: .venv/lint
 # torch and the others that fastbn is held against: large, so only `make bench` and CI ask for them.
 peers: .venv/peers
 
-.venv/bin/python:
+.venv/pip:
 	$(PYTHON) -m venv .venv
 	$(PIP) install 'pip>=25.1'
+	@touch $@
 
 # The package itself, built in place; made anew when a kernel or the build changes.
-.venv/fastbn: .venv/bin/python $(SOURCES)
+.venv/fastbn: .venv/pip $(SOURCES)
 	$(PIP) install -e .
 	@touch $@
 
 .venv/demo: .venv/fastbn
-	$(PIP) install -e '.[demo]'
+	$(PIP) install --group demo
 	@touch $@
 
 .venv/test: .venv/fastbn
@@ -55,5 +58,6 @@ peers: .venv/peers
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info fastbn/_kernels/cython_cpu/*.c fastbn/_kernels/cython_cpu/*.so
+	rm -rf .venv build dist *.egg-info $(KERNELS)/*.c $(KERNELS)/*.so fastbn-demo.png
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

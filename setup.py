@@ -18,11 +18,23 @@ FOLDER = "fastbn/_kernels/cython_cpu"
 # Module name → the flag that allows its instruction set. Never -march=native: a wheel travels.
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    INSTRUCTION_SETS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+    INSTRUCTION_SETS = {
+        "baseline": ["-march=x86-64"],  # said aloud, so that a -march=native in CFLAGS does not travel
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4"],
+    }
 
 # -ffp-contract=off and no fast-math: the same bits from every instruction set. The vector types that
 # the block primitives pass around stay inside one file, so gcc's note on their calling convention does not apply.
-COMPILE = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+COMPILE = [
+    "-O3",
+    "-std=gnu11",
+    "-fno-fast-math",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 
 
 class BuildExt(build_ext):

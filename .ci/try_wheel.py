@@ -1,4 +1,7 @@
-"""Runs in an environment that has the wheel and NumPy alone: it imports, it computes, it drags nothing in."""
+"""Runs in an environment that has the package and NumPy alone: it imports, it computes, it drags nothing in.
+
+python try_wheel.py [COMPILER]: built with that compiler, "false" for none, "cc-no-openmp" for one that knows no OpenMP.
+"""
 
 import sys
 from importlib.metadata import distributions
@@ -26,5 +29,9 @@ np.testing.assert_allclose(dbias, np.zeros(5), atol=1e-3)
 
 from fastbn.backends import config  # noqa: E402
 
-assert config()["backend"] == "cython", config()
-print("the wheel works")
+compiler = sys.argv[1] if len(sys.argv) > 1 else "cc"
+found = config()
+assert found["backend"] == ("reference" if compiler == "false" else "cython"), found
+assert found["threads"] == 1 or compiler == "cc", found
+assert "libgomp" not in found["openmp"] or compiler == "cc", found
+print(f"works (compiler: {compiler})")

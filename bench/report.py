@@ -90,6 +90,13 @@ def render(cases: list[dict], cpu: str) -> str:
                 ratios = [c["ms"][name] / c["ms"]["fastbn"] for c in mine if name in c["ms"]]
                 row += f" {mean_ratio(ratios):.1f} (least {min(ratios):.1f}) |" if ratios else " – |"
             lines.append(row)
+    slower = [
+        f"{OPERATIONS[c['operation']]} {'×'.join(map(str, c['shape']))} {c['layout']} ({name}: {t / c['ms']['fastbn']:.2f})"
+        for c in cases
+        for name, t in c["ms"].items()
+        if not name.startswith("floor") and t < c["ms"]["fastbn"]
+    ]
+    lines += ["", "Where a peer was faster, and its time over fastbn's: " + ("; ".join(slower) or "nowhere") + "."]
     skipped = {name: reason for case in cases for name, reason in case["skipped"].items()}
     lines += ["", *(f"Not measured: {name} ({reason})." for name, reason in skipped.items())]
     return "\n".join(lines).rstrip()

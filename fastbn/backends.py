@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib import import_module, util
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from . import checks
@@ -51,28 +52,50 @@ def _load_instruction_set(isa: str) -> Any:
     return import_module(f"fastbn._kernels.cython_cpu.{INSTRUCTION_SETS[isa]}")
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets that were built here and that this machine can run, the richest first."""
+def instruction_set_reasons() -> dict[str, str]:
+    """Each instruction set: "available", or why it cannot be used here. The richest first."""
     try:
         baseline = _load_instruction_set("baseline")
-    except ImportError:
-        return []
-    runs = baseline.machine_runs()  # names of instruction sets, "x86-64" or "baseline" the last
-    return [isa for isa in runs if util.find_spec(f"fastbn._kernels.cython_cpu.{INSTRUCTION_SETS[isa]}")]
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError)
+        why = "not built, for want of gcc or clang" if absent else f"built, and does not load: {error}"
+        return dict.fromkeys(("x86-64-v4", "x86-64-v3", "x86-64"), why)
+    runs = baseline.machine_runs()  # its last is the baseline's own name, "x86-64" or "baseline"
+    reasons = {}
+    for isa in ("x86-64-v4", "x86-64-v3", runs[-1]):
+        if isa not in runs:
+            reasons[isa] = "this processor does not have it"
+            continue
+        try:
+            _load_instruction_set(isa)
+            reasons[isa] = "available"
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError)
+            reasons[isa] = (
+                "not built: the compiler does not know it" if absent else f"built, and does not load: {error}"
+            )
+    return reasons
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that were built here and that this machine can run, the richest first."""
+    return [isa for isa, reason in instruction_set_reasons().items() if reason == "available"]
 
 
 def _load_cython() -> Any:
     wanted = os.environ.get("FASTBN_ISA")
     if wanted is not None and wanted not in INSTRUCTION_SETS:
         raise ValueError(f"FASTBN_ISA is {wanted!r}, and must be one of {', '.join(INSTRUCTION_SETS)}")
-    available = instruction_sets()
+    reasons = instruction_set_reasons()
+    available = [isa for isa, reason in reasons.items() if reason == "available"]
     if not available:
-        raise ImportError("the compiled kernels are not there: they were not built, for want of gcc or clang")
+        raise ImportError(f"the compiled kernels are not there: {'; '.join(dict.fromkeys(reasons.values()))}")
     if wanted is None:
         return _load_instruction_set(available[0])
     if wanted not in available:
         raise ImportError(
-            f"FASTBN_ISA is {wanted}, and what was built and runs on this machine is {', '.join(available)}"
+            f"FASTBN_ISA is {wanted} ({reasons.get(wanted, 'not of this machine')}), "
+            f"and what was built and runs here is {', '.join(available)}"
         )
     return _load_instruction_set(wanted)
 
@@ -151,33 +174,31 @@ def set_backend(name: str) -> None:
 # ---- threads ----
 
 
-def _available_cpus() -> int:
-    """Processors that this process may use: its affinity, and its control group's quota."""
+def _available_cpus() -> tuple[int, str]:
+    """Processors that this process may use, by affinity and control group, and which of the two decided."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # cgroup v2, then v1
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
+    v1 = "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"
+    for files in (("/sys/fs/cgroup/cpu.max",), v1):  # version 2 has both numbers in one
         try:
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-                quota = file.read().strip()
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-                period = file.read().strip()
-        except OSError:
-            return count
-    if quota in ("max", "-1"):
-        return count
-    return max(1, min(count, -(-int(quota) // int(period))))
+            quota, period = (int(word) for name in files for word in Path(name).read_text().split())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        if quota > 0 and period > 0 and -(-quota // period) < count:
+            return -(-quota // period), "the control group's quota"
+    return count, "the processors of this process"
 
 
-def _default_threads() -> int:
+def _default_threads() -> tuple[int, str]:
+    """The number of threads where nobody said one, and why."""
     own = os.environ.get("FASTBN_NUM_THREADS")
     if own is not None:
         if not own.strip().isdecimal() or int(own) == 0:
             raise ValueError(f"FASTBN_NUM_THREADS is {own!r}, and must be an integer of at least 1")
-        return checks.threads("FASTBN_NUM_THREADS", int(own))
+        return checks.threads("FASTBN_NUM_THREADS", int(own)), "FASTBN_NUM_THREADS"
     openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(openmp) if openmp.isdecimal() and int(openmp) >= 1 else _available_cpus()
+    if openmp.isdecimal() and int(openmp) >= 1:
+        return min(int(openmp), checks.MOST_THREADS), "OMP_NUM_THREADS"
+    return _available_cpus()
 
 
 def num_threads(asked: int | None = None) -> int:
@@ -193,7 +214,7 @@ def serving(asked: int | None = None) -> tuple[Any, int]:
         threads = checks.threads("num_threads", asked)
     elif threads is None:
         if _threads is None:
-            _threads = _default_threads()
+            _threads = _default_threads()[0]
         threads = _threads
     return chosen or _backend or kernels(), 1 if _forked else threads
 
@@ -258,17 +279,32 @@ def config() -> dict[str, Any]:
             why_not[name] = _why_not[name]
         except ValueError as error:  # FASTBN_ISA names no instruction set
             why_not[name] = str(error)
+    sets = instruction_set_reasons()
+    if in_use.INSTRUCTION_SET in sets:
+        sets[in_use.INSTRUCTION_SET] = "in use"
     return {
         "fastbn": __version__,
         "python": sys.version.split()[0],
         "numpy": numpy.__version__,
         "backend": in_use.NAME,
-        "instruction set": in_use.INSTRUCTION_SET,
-        "instruction sets built and runnable": instruction_sets(),
-        "threads": num_threads(),
-        "openmp": in_use.openmp(),
         "other backends": why_not,
+        "instruction set": in_use.INSTRUCTION_SET,
+        "compiled instruction sets": sets,
+        "threads": num_threads() if in_use.has_threads() else 1,
+        "threads because of": _why_threads(in_use),
+        "openmp": in_use.openmp(),
     }
+
+
+def _why_threads(in_use: Any) -> str:
+    if not in_use.has_threads():
+        return "these kernels run on one thread, whatever is asked"
+    if _forked:
+        return "a forked child, where an OpenMP team could hang"
+    if _context.get()[1] is not None:
+        return "config_context"
+    threads, why = _default_threads()
+    return why if threads == _threads else "set_num_threads"
 
 
 def show_config() -> None:

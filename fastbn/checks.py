@@ -23,24 +23,29 @@ MOST_THREADS = 4096
 def data(name: str, x: Any) -> Array:
     """An array of float32 or float64, as it is."""
     if type(x) is np.ndarray and (x.dtype is F32 or x.dtype is F64):  # the usual case, settled by identity
-        return x  # type: ignore[no-any-return]
+        return x
     x = _as_ndarray(name, x)
+    if x.dtype == object and x.ndim == 0:
+        raise TypeError(f"{name} is a {type(x.item()).__name__}, and must be an array of float32 or float64")
     if x.dtype != F32 and x.dtype != F64:
         swapped = (
             "; it is in the other byte order: use .astype(dtype.newbyteorder('='))" if not x.dtype.isnative else ""
         )
         raise TypeError(f"{name} has dtype {x.dtype}, and must be float32 or float64{swapped}")
-    return x
+    return x  # type: ignore[no-any-return]
 
 
 def _as_ndarray(name: str, x: Any) -> Array:
     if type(x) is np.ndarray:
-        return x  # type: ignore[no-any-return]
+        return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(...)")
     if isinstance(x, np.matrix):
         raise TypeError(f"{name} is a numpy.matrix, and must be an ndarray; pass numpy.asarray({name})")
-    return np.asarray(x)
+    try:
+        return np.asarray(x)
+    except ValueError:  # NumPy's own says nothing of the argument
+        raise TypeError(f"{name} is a ragged {type(x).__name__}, and must be an array of numbers") from None
 
 
 def channel_axis(axis: Any, x: Array) -> int:
@@ -67,7 +72,7 @@ def _vector(name: str, p: Any, channels: int) -> Array:
     p = data(name, p)
     if p.shape != (channels,):
         raise ValueError(f"{name} has shape {p.shape}, and must have shape ({channels},): one value a channel")
-    return p
+    return p  # type: ignore[no-any-return]
 
 
 def running(running_mean: Any, running_var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:
@@ -128,6 +133,13 @@ def positive(name: str, value: Any) -> int:
     return number
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False; a string that says so is neither."""
+    if value is True or value is False or isinstance(value, np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} is {value!r}, and must be True or False")
+
+
 def threads(name: str, value: Any) -> int:
     """A number of threads: at least 1, and no more than anyone means."""
     number = positive(name, value)
@@ -179,9 +191,11 @@ def _shares(a: Array, b: Array) -> bool:
 
 
 def _is_exactly(a: Array, b: Array) -> bool:
-    return a is b or (
-        a.__array_interface__["data"] == b.__array_interface__["data"] and a.shape == b.shape and a.strides == b.strides
-    )
+    if a is b:
+        return True
+    steps = [[s for s, n in zip(array.strides, array.shape, strict=True) if n > 1] for array in (a, b)]
+    same_place = a.__array_interface__["data"] == b.__array_interface__["data"]
+    return bool(same_place and a.shape == b.shape and steps[0] == steps[1])
 
 
 def parameter_dtype(dtype: Any) -> np.dtype[Any]:
@@ -209,7 +223,7 @@ def integer(name: str, value: Any) -> int:
 
 def features(x: Any, axis: int, num_features: int) -> None:
     """x must have the layer's number of channels."""
-    shape = np.shape(x)
+    shape = data("x", x).shape
     ndim = len(shape)
     if -ndim <= axis < ndim and shape[axis] != num_features:
         raise ValueError(f"x has shape {shape}, and must have {num_features} channels (num_features) along axis {axis}")
@@ -217,7 +231,7 @@ def features(x: Any, axis: int, num_features: int) -> None:
 
 def state(name: str, value: Any, mine: Array) -> Array:
     """A value for a layer's state: of the right shape, and a number."""
-    array = np.asarray(value)
+    array = _as_ndarray(name, value)
     if array.shape != mine.shape:
         raise ValueError(f"{name} has shape {array.shape} in state, and must have shape {mine.shape}")
     if array.dtype.kind not in "fiu":

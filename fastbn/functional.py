@@ -23,7 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Saved:
     """What a backward pass needs of its forward pass.
 
-    It refers to the input without copying it (unless the input had gaps): do not overwrite x before the backward pass.
+    It refers to x and weight without copying them (unless they had gaps): do not overwrite them before the backward
+    pass.
 
     Attributes
     ----------
@@ -97,16 +98,33 @@ def batch_norm(
     -----
     An empty batch gives an empty result and leaves the running statistics alone.
     """
+    if checks.flag("training", training):
+        return train_forward(
+            x, running_mean, running_var, weight, bias,
+            momentum=momentum, eps=eps, axis=axis, out=out, num_threads=num_threads, same_as="x",
+        )[0]  # fmt: skip
     source, layout = canonical("x", x, axis)
-    channels = layout.channels
+    checks.momentum(momentum)
+    mean, var = checks.running(running_mean, running_var, layout.channels, update=False)
+    return _normalize(x, source, layout, mean, var, weight, bias, eps, out, num_threads, same_as="x")[0]
+
+
+def train_forward(
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, *,
+    momentum: float, eps: float, axis: int, out: Array | None, num_threads: int | None = None,
+    same_as: str | None = None,
+) -> tuple[Array, Saved]:  # fmt: skip
+    """`batch_norm_forward` that also updates the running statistics, where there are any: a training step's forward.
+
+    With ``same_as="x"`` out may be x, and `saved` is then of no use.
+    """
+    source, layout = canonical("x", x, axis)
     rate = checks.momentum(momentum)
-    mean, var = checks.running(running_mean, running_var, channels, update=training)
-    if not training:
-        return _normalize(x, source, layout, mean, var, weight, bias, eps, out, num_threads, same_as="x")[0]
-    y, saved = _forward(x, source, layout, weight, bias, eps, out, num_threads, same_as="x", apart=(mean, var))
+    mean, var = checks.running(running_mean, running_var, layout.channels, update=True)
+    y, saved = _forward(x, source, layout, weight, bias, eps, out, num_threads, same_as=same_as, apart=(mean, var))
     if mean is not None and source.size:
         backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, layout.values)
-    return y
+    return y, saved
 
 
 def batch_norm_forward(
@@ -178,7 +196,8 @@ def batch_norm_eval_forward(
     """
     source, layout = canonical("x", x, axis)
     mean, var = checks.running(running_mean, running_var, layout.channels, update=False)
-    return _normalize(x, source, layout, mean, var, weight, bias, eps, out, num_threads)
+    # Copies: a training step may update the running statistics before the backward pass.
+    return _normalize(x, source, layout, mean.copy(), var.copy(), weight, bias, eps, out, num_threads)
 
 
 def batch_norm_backward(
@@ -267,7 +286,7 @@ def _forward(
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by the batch's statistics. `given`: x as the caller gave it; `apart`: more that `out` must not overlap."""
     outer, channels, inner = layout[:3]
-    if outer * inner == 1:
+    if outer * inner == 1 and channels:
         checks.enough_values(1, layout.from_memory(x).shape)
     w, b = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)

@@ -8,8 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from . import checks
-from .backends import kernels
-from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_forward
+from .functional import Saved, batch_norm, batch_norm_backward, train_forward
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -72,6 +71,8 @@ class BatchNorm:
         self.momentum = checks.momentum(momentum)
         self.axis = checks.integer("axis", axis)
         self.dtype = checks.parameter_dtype(dtype)
+        checks.flag("affine", affine)
+        checks.flag("track_running_stats", track_running_stats)
         self.training = True
         self.weight = np.ones(num_features, self.dtype) if affine else None
         self.bias = np.zeros(num_features, self.dtype) if affine else None
@@ -107,12 +108,12 @@ class BatchNorm:
             )  # fmt: skip
             self._saved = None
             return y
-        running = checks.running(self.running_mean, self.running_var, self.num_features, update=True)
-        y, saved = batch_norm_forward(x, self.weight, self.bias, eps=self.eps, axis=self.axis, out=out)
-        if self.num_batches_tracked is not None and saved.layout.values:
-            kernels().update_running_stats(*running, saved.mean, saved.var, self.momentum, saved.layout.values)
+        y, self._saved = train_forward(
+            x, self.running_mean, self.running_var, self.weight, self.bias,
+            momentum=self.momentum, eps=self.eps, axis=self.axis, out=out,
+        )  # fmt: skip
+        if self.num_batches_tracked is not None and self._saved.layout.values:
             self.num_batches_tracked += 1
-        self._saved = saved
         return y
 
     def backward(self, dy: Any, *, out: Array | None = None) -> Array:
@@ -173,6 +174,10 @@ class BatchNorm:
                 self.num_batches_tracked = int(value)
             else:
                 getattr(self, name)[...] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the last forward pass left for `backward`: a copy or a pickle does not carry a batch."""
+        return self.__dict__ | {"_saved": None}
 
     def __repr__(self) -> str:
         return (

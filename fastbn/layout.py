@@ -57,7 +57,7 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: i
     ndim = len(shape)
     order = tuple(range(ndim))
     if strides is not None:
-        # Axes of length 1 have meaningless strides; they may stand anywhere, so they keep their place in the sort.
+        # Axes of length 1 have meaningless strides, and may stand anywhere: last.
         order = tuple(sorted(order, key=lambda d: (shape[d] == 1, -strides[d])))
         expected = itemsize
         for d in reversed(order):

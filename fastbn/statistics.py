@@ -34,6 +34,15 @@ class Moments:
     mean: Array
     m2: Array
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "m2"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        if self.count < 0 or self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
+            raise ValueError(
+                f"count is {self.count}, mean has shape {self.mean.shape} and m2 {self.m2.shape}; "
+                "count must be at least 0, and both shapes (channels,)"
+            )
+
     def var(self, unbiased: bool = False) -> Array:
         """The variance, shape (channels,), float64.
 
@@ -52,6 +61,10 @@ class Moments:
             needed = 2 if unbiased else 1
             raise ValueError(f"count is {self.count}, and must be at least {needed} for this variance")
         return self.m2 / divisor
+
+    def __radd__(self, other: Any) -> Moments:
+        """0 + moments, so that ``sum`` works."""
+        return self if type(other) is int and other == 0 else NotImplemented
 
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):

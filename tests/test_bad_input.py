@@ -39,7 +39,7 @@ BAD_X = {
     "complex64": Bad({"x": np.ones((4, 3), np.complex64)}, TypeError, "x has dtype complex64, and must be float32 or float64"),
     "float16": Bad({"x": np.ones((4, 3), np.float16)}, TypeError, "x has dtype float16, and must be float32 or float64"),
     "object": Bad({"x": np.ones((4, 3), object)}, TypeError, "x has dtype object, and must be float32 or float64"),
-    "None": Bad({"x": None}, TypeError, "x has dtype object, and must be float32 or float64"),
+    "None": Bad({"x": None}, TypeError, "x is a NoneType, and must be an array of float32 or float64"),
     "strings": Bad({"x": [["a", "b"]]}, TypeError, "x has dtype <U1, and must be float32 or float64"),
     "structured": Bad({"x": np.zeros((4, 3), "f4,f4")}, TypeError, "x has dtype … must be float32 or float64"),
     "integers in a list": Bad({"x": [[1, 2], [3, 4]]}, TypeError, "x has dtype int64, and must be float32 or float64"),
@@ -244,7 +244,7 @@ BAD_BACKWARD = {
     "broadcast": Bad({"dy": np.float32(1)}, ValueError, "dy has shape (), and must have x's shape (4, 3, 5)"),
     "dtype": Bad({"dy": X.astype("f8")}, TypeError, "dy has dtype float64, and must have x's dtype float32"),
     "int": Bad({"dy": X.astype(int)}, TypeError, "dy has dtype int64, and must be float32 or float64"),
-    "None": Bad({"dy": None}, TypeError, "dy has dtype object, and must be float32 or float64"),
+    "None": Bad({"dy": None}, TypeError, "dy is a NoneType, and must be an array of float32 or float64"),
     "no saved": Bad({"saved": None}, TypeError, "saved is a NoneType, and must be what batch_norm_forward"),
     "saved is y": Bad({"saved": X}, TypeError, "saved is a ndarray, and must be what … batch_norm keeps nothing for a backward pass"),
     "out shape": Bad({"out": np.zeros((4, 3, 6), "f4")}, ValueError, "out has shape (4, 3, 6), and must have x's shape (4, 3, 5)"),
@@ -331,3 +331,9 @@ def test_backward_only_type_and_value_errors(dy, out):
     if out is not None:
         with pytest.raises((TypeError, ValueError)):
             fastbn.batch_norm_backward(X, saved, out=out)
+
+
+@pytest.mark.parametrize("call", [fastbn.moments, fastbn.batch_norm_forward, fastbn.BatchNorm(2)], ids=str)
+def test_ragged(call):
+    with pytest.raises(TypeError, match="x is a ragged list, and must be an array of numbers"):
+        call([[1.0, 2.0], [3.0]])

@@ -1,5 +1,6 @@
 """BatchNorm, the layer."""
 
+import pickle
 import re
 
 import numpy as np
@@ -242,7 +243,7 @@ def test_bad_axis(axis):
         (np.ones((4, 5), np.float32), ValueError, ["x has shape (4, 5)", "3 channels", "num_features"]),
         (np.ones((4, 3), np.int64), TypeError, ["x has dtype int64", "float32 or float64"]),
         (np.ones(3, np.float32), ValueError, ["x has shape (3,)", "2 to 5 axes"]),
-        (None, TypeError, ["x has dtype object"]),
+        (None, TypeError, ["x is a NoneType"]),
     ],
     ids=["channels", "dtype", "rank", "None"],
 )
@@ -277,3 +278,23 @@ def test_training_cannot_overwrite_x():
         layer(x, out=x)
     assert_unchanged(layer, before)
     assert layer.eval()(x, out=x) is x
+
+
+def test_changed_momentum_is_checked():
+    """A layer's attributes may be set: what they are is checked when they are used."""
+    layer = fastbn.BatchNorm(3)
+    layer.momentum = 5
+    with pytest.raises(ValueError, match=r"momentum is 5\.0, and must be from 0 to 1"):
+        layer(np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32))
+    assert layer.num_batches_tracked == 0 and (layer.running_var == 1).all()
+
+
+def test_pickle_carries_no_batch():
+    layer = fastbn.BatchNorm(3)
+    layer(np.random.default_rng(0).standard_normal((100_000, 3)).astype(np.float32))
+    blob = pickle.dumps(layer)
+    assert len(blob) < 4000
+    copied = pickle.loads(blob)
+    np.testing.assert_equal(copied.state_dict(), layer.state_dict())
+    with pytest.raises(ValueError, match="backward has nothing to go back over"):
+        copied.backward(np.ones((4, 3), np.float32))

@@ -92,3 +92,11 @@ def test_pickle():
     again = pickle.loads(pickle.dumps(m))
     assert isinstance(again, Moments)
     assert_same(again, m)
+
+
+def test_sum_and_bad_parts():
+    x = sample((12, 3), np.float64)
+    whole, parts = fastbn.moments(x), [fastbn.moments(x[i : i + 4]) for i in (0, 4, 8)]
+    np.testing.assert_allclose(sum(parts).mean, whole.mean, rtol=1e-14)
+    with pytest.raises(ValueError, match="m2"):
+        fastbn.Moments(3, np.zeros(3), np.zeros(2))

@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.special
 
 import fastbn
 from fastbn import nn
@@ -346,3 +347,15 @@ X = np.zeros((2, 4), np.float32)
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_against_scipy():
+    """Sigmoid and cross-entropy, also where the naive formula overflows."""
+    x = np.concatenate([np.linspace(-90, 90, 181), [-1e4, 1e4]]).astype(np.float32)[:, None]
+    np.testing.assert_allclose(
+        nn.Sigmoid()(x), scipy.special.expit(x), rtol=2e-6, atol=2e-38
+    )  # about the least normal float32
+    logits = np.random.default_rng(0).normal(0, 50, (40, 7))
+    labels = np.arange(40) % 7
+    want = -scipy.special.log_softmax(logits, axis=1)[np.arange(40), labels].mean()
+    np.testing.assert_allclose(nn.SoftmaxCrossEntropy()(logits.copy(), labels), want, rtol=1e-12)

@@ -46,6 +46,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from .reference import update_running_stats  # noqa: F401  (of channels, not of elements: NumPy serves)
+
 # Imported by name so that they are Any to the type checker, whether or not they are installed.
 numba: Any = import_module("numba")
 extending: Any = import_module("numba.extending")
@@ -1134,6 +1136,11 @@ def _run(drivers: Drivers, tasks: int, threads: int, x: Array, *args: Any) -> No
             _layer = numba.threading_layer()
 
 
+def has_threads() -> bool:
+    """Whether the kernels can use more than one thread."""
+    return True
+
+
 def openmp() -> str:
     """The threading layer in use."""
     return f"Numba's {_layer or 'default'} threading layer"
@@ -1150,12 +1157,13 @@ def _last_level_cache() -> int:
     return max(sizes[1:], default=sizes[0])
 
 
-def _streaming(y: Array, tensors: int, channels: int, inner: int) -> int:
+def _streaming(y: Array, tensors: int, passes: int, channels: int, inner: int) -> int:
     """The alignment that streamed stores shall have; 0: no streaming.
 
-    They pay where the call's memory passes through the last-level cache, which is not ours alone.
+    They pay where the call's tensors do not fit the last-level cache; a call that comes back to its input wants the
+    cache for that.
     """
-    if tensors * y.nbytes <= _last_level_cache() // 2 or not y.flags.aligned:
+    if tensors * y.nbytes <= _last_level_cache() // passes or not y.flags.aligned:
         return 0
     if inner > 1:
         return LINE_ALIGNMENT
@@ -1189,7 +1197,7 @@ def _forward(
     _run(
         FORWARD[grid.kind], grid.groups * grid.chunks, threads, _input(x), y.reshape(-1), apply, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, mean, m2,
-        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, _streaming(y, 2, channels, inner),
+        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, _streaming(y, 2, 2, channels, inner),
     )  # fmt: skip
 
 
@@ -1223,7 +1231,7 @@ def normalize(
     coefficients[1, :channels] = a
     a *= hi - mean
     coefficients[2, :channels] = a if bias is None else a + bias
-    streaming = _streaming(y, 2, channels, inner)
+    streaming = _streaming(y, 2, 2 if backwards else 1, channels, inner)
     if inner == 1:
         tasks = _up(outer, max(STRETCH // channels, 1))
     else:
@@ -1261,7 +1269,7 @@ def _backward(
         _input(dy), _input(x), dx.reshape(-1), steps, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, _parameter(mean, channels, 0.0),
         _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu,
-        _parameter(weight, channels, 1.0), eps, _streaming(dx, 3, channels, inner),
+        _parameter(weight, channels, 1.0), eps, _streaming(dx, 3, 2, channels, inner),
     )  # fmt: skip
 
 
@@ -1312,12 +1320,3 @@ def backward(
             normalize(dy, dx, outer, channels, inner, np.zeros(channels), var, weight, None, eps, threads)
     grad_bias[...] = sums[0]
     grad_weight[...] = sums[1] / np.sqrt(np.asarray(var, np.float64) + eps)
-
-
-def update_running_stats(
-    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float, count: int
-) -> None:
-    """running += momentum · (batch - running), with the unbiased variance. Writes both running statistics."""
-    unbiased = count / (count - 1)
-    running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
-    running_var[...] = (1 - momentum) * running_var.astype(np.float64) + momentum * (var * unbiased)

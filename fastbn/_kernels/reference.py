@@ -31,6 +31,11 @@ def openmp() -> str:
     return "none: the reference kernels run on one thread"
 
 
+def has_threads() -> bool:
+    """Whether the kernels can use more than one thread."""
+    return False
+
+
 def _channels(x: Array, outer: int, channels: int, inner: int) -> Array:
     """A float64 copy, (channels, outer·inner): a channel's values side by side, so that NumPy sums them pairwise."""
     return x.reshape(outer, channels, inner).transpose(1, 0, 2).astype(np.float64, order="C").reshape(channels, -1)
@@ -137,6 +142,7 @@ def backward(
     grad_bias[...] = sum_dy
 
 
+@_quiet
 def update_running_stats(
     running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float, count: int
 ) -> None:

@@ -32,12 +32,12 @@ class BatchNorm(layers.BatchNorm):
     def __call__(self, x: Any, *, out: Array | None = None) -> Array:
         """y, in `out` or in the layer's own memory. `backward` reads x again: leave it as it is until then."""
         x = checks.data("x", x)
-        return super().__call__(x, out=self._y.lend(x.shape, x.dtype) if out is None else out)
+        return super().__call__(x, out=_own(self._y, x) if out is None else out)
 
     def backward(self, dy: Any, *, out: Array | None = None) -> Array:
         """dx, in `out` or in the layer's own memory, leaving `grad_weight` and `grad_bias`."""
         dy = checks.data("dy", dy)
-        return super().backward(dy, out=self._dx.lend(dy.shape, dy.dtype) if out is None else out)
+        return super().backward(dy, out=_own(self._dx, dy) if out is None else out)
 
     def parameter_gradients(self, dy: Any) -> None:
         """`grad_weight` and `grad_bias`."""
@@ -49,3 +49,8 @@ class BatchNorm(layers.BatchNorm):
             yield self.weight, self.grad_weight
         if self.bias is not None:
             yield self.bias, self.grad_bias
+
+
+def _own(buffer: Buffer, like: Array) -> Array | None:
+    """The buffer's memory for data in C order; for other orders None, so that the result follows the data's."""
+    return buffer.lend(like.shape, like.dtype) if like.flags.c_contiguous else None

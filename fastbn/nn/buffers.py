@@ -21,6 +21,8 @@ class Buffer:
         """An array of this shape and dtype, with whatever numbers are left in it. The first axis is the batch's."""
         lent = self._lent
         if lent.shape != shape or lent.dtype != dtype:
+            if not shape:
+                return np.empty(shape, dtype)
             memory = self._memory
             if memory.shape[1:] != shape[1:] or len(memory) < shape[0] or memory.dtype != dtype:
                 memory = self._memory = np.empty(shape, dtype)

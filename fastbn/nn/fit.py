@@ -64,20 +64,22 @@ def fit(
     losses = []
     steps = 0
     model.train()
-    with _bar(progress, epochs * len(batches)) as bar:
-        for _ in range(epochs):
-            total = 0.0
-            for batch, batch_labels in batches:
-                total += loss(model(batch), batch_labels)
-                model.parameter_gradients(loss.backward())
-                optimizer.step()
-                steps += 1
-                bar.update()
-                if after_step is not None:
-                    after_step(steps)
-                    model.train()
-            losses.append(total / len(batches))
-    model.eval()
+    try:
+        with _bar(progress, epochs * len(batches)) as bar:
+            for _ in range(epochs):
+                total = 0.0
+                for batch, batch_labels in batches:
+                    total += loss(model(batch), batch_labels)
+                    model.parameter_gradients(loss.backward())
+                    optimizer.step()
+                    steps += 1
+                    bar.update()
+                    if after_step is not None:
+                        after_step(steps)
+                        model.train()
+                losses.append(total / len(batches))
+    finally:  # Ctrl-C too leaves a model that is ready for use
+        model.eval()
     return losses
 
 
@@ -97,10 +99,12 @@ def accuracy(model: Layer, x: Array, labels: Array, *, batch_size: int = 1000) -
     training = model.training
     model.eval()
     right = 0
-    for start in range(0, len(x), batch_size):
-        logits = model(x[start : start + batch_size])
-        right += int(np.count_nonzero(logits.argmax(axis=1) == labels[start : start + batch_size]))
-    model.train(training)
+    try:
+        for start in range(0, len(x), batch_size):
+            logits = model(x[start : start + batch_size])
+            right += int(np.count_nonzero(logits.argmax(axis=1) == labels[start : start + batch_size]))
+    finally:
+        model.train(training)
     return right / len(x)
 
 

@@ -135,6 +135,8 @@ class Linear(Layer):
             array[...] = new[name]
 
     def _check(self, name: str, array: Any, width: int) -> None:
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} is a {type(array).__name__}, and must be an ndarray")
         if checks.data(name, array).dtype != self.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}, and must have the layer's dtype {self.dtype}")
         if array.ndim != 2 or array.shape[1] != width:

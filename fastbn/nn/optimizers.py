@@ -50,10 +50,11 @@ class Optimizer:
 
     def step(self) -> None:
         """Change every parameter by its gradient of the last `backward`."""
+        if any(gradient is None for _, gradient in self.model.parameters()):
+            raise ValueError("step needs gradients: call the model's backward first")
         self.steps += 1
         for (parameter, gradient), room in zip(self.model.parameters(), self._rooms, strict=True):
-            if gradient is None:
-                raise ValueError("step needs gradients: call the model's backward first")
+            assert gradient is not None
             if self.weight_decay:
                 np.multiply(parameter, self.weight_decay, out=room[0])
                 np.add(gradient, room[0], out=gradient)
@@ -165,7 +166,10 @@ class Adam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        first, second = betas
+        try:
+            first, second = betas
+        except (TypeError, ValueError):
+            raise TypeError(f"betas is {betas!r}, and must be a pair of numbers") from None
         self.betas = _number("betas[0]", first, below=1.0), _number("betas[1]", second, below=1.0)
         self.eps = _number("eps", eps, positive=True)
         super().__init__(model, lr, weight_decay, states=2)

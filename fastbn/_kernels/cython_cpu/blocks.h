@@ -96,6 +96,19 @@ static inline void result_set(result_t r, idx c, double value)
     else if (r.f64) r.f64[c] = value;
 }
 
+/* IN and OUT running, `stride` bytes from one to the next: running += momentum·(scale·batch − running). */
+static inline void blend(result_t running, idx stride, idx channels, const double *batch, double scale, double momentum)
+{
+    for (idx c = 0; c < channels; c++)
+        if (running.f32) {
+            float *r = (float *)((char *)running.f32 + c * stride);
+            *r = (float)((1 - momentum) * (double)*r + momentum * (scale * batch[c]));
+        } else {
+            double *r = (double *)((char *)running.f64 + c * stride);
+            *r = (1 - momentum) * *r + momentum * (scale * batch[c]);
+        }
+}
+
 static inline double inverse_std(double var, double eps) { return 1.0 / sqrt(var + eps); }
 
 static inline idx least(idx a, idx b) { return a < b ? a : b; }

@@ -44,7 +44,7 @@ cdef extern from "tasks.h":
     call_t no_call() noexcept nogil
     void read_caches() noexcept nogil
     idx level2_cache, last_level_cache
-    void plan(call_t *, int, int) noexcept nogil
+    void plan(call_t *, int, int, int) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
@@ -61,6 +61,7 @@ cdef extern from "tasks.h":
     void slope_part(const call_t *, idx) noexcept nogil
     void backward_tile(const call_t *, idx) noexcept nogil
     void limit_part(const call_t *, idx) noexcept nogil
+    void blend(result_t, idx, idx, const double *, double, double) noexcept nogil
     int BLOCK
 
 cdef extern from *:
@@ -71,8 +72,13 @@ cdef extern from *:
     #else
     #define OPENMP_VERSION 0
     #endif
-    #if defined(__x86_64__)
-    #define MACHINE_HAS_V3 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    #if defined(__x86_64__) && (__GNUC__ >= 12 || __clang_major__ >= 18)
+    #define MACHINE_HAS_V3 __builtin_cpu_supports("x86-64-v3")
+    #define MACHINE_HAS_V4 __builtin_cpu_supports("x86-64-v4")
+    #define BASELINE_NAME "x86-64"
+    #elif defined(__x86_64__)
+    #define MACHINE_HAS_V3 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") \\
+        && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
     #define MACHINE_HAS_V4 (MACHINE_HAS_V3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \\
         && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     #define BASELINE_NAME "x86-64"
@@ -108,10 +114,21 @@ def machine_runs():
 
 
 def openmp():
-    """The OpenMP that the kernels were built with."""
+    """The OpenMP run-time in use."""
     if OPENMP_VERSION == 0:
         return "none: the compiler had no OpenMP, and the kernels run on one thread"
-    return f"OpenMP {OPENMP_VERSION // 100}-{OPENMP_VERSION % 100:02d} of the compiler that built the kernels"
+    specification = f"OpenMP {OPENMP_VERSION // 100}-{OPENMP_VERSION % 100:02d}"
+    try:
+        with open("/proc/self/maps") as maps:
+            libraries = sorted({line.rpartition(" ")[2].strip() for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line})
+    except OSError:
+        libraries = []
+    return f"{specification}, {', '.join(libraries) or 'run-time library not known'}"
+
+
+def has_threads():
+    """Whether the kernels can use more than one thread."""
+    return OPENMP_VERSION != 0
 
 
 def caches():
@@ -142,12 +159,13 @@ cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwar
         walk(task, k, t * tasks // threads, (t + 1) * tasks // threads, backwards)
 
 
-cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads) noexcept nogil:
+cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads,
+                 int passes) noexcept nogil:
     """The plan, and the number of threads that the work is worth."""
     k.outer, k.channels, k.inner = outer, channels, inner
     if outer * channels * inner < TEAM:
         threads = 1
-    plan(k, threads, reads)
+    plan(k, threads, reads, passes)
     return threads
 
 
@@ -209,7 +227,7 @@ def moments(np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean, n
     cdef call_t k = no_call()
     take(&k, x)
     k.mean, k.second = <double *>data(mean), <double *>data(m2)
-    threads = prepare(&k, outer, channels, inner, threads, 1)
+    threads = prepare(&k, outer, channels, inner, threads, 1, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
@@ -231,7 +249,7 @@ def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np
     k.out = data(y)
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
-    threads = prepare(&k, outer, channels, inner, threads, 1)
+    threads = prepare(&k, outer, channels, inner, threads, 1, 1)
     cdef double *memory = scratch(&k, False)
     with nogil:
         run(coefs_tile, &k, k.tiles, 1, False)
@@ -247,7 +265,7 @@ def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.n
     k.mean, k.second, k.to_var = <double *>data(mean), <double *>data(var), True
     k.at_mean, k.at_var = param_of(k.mean), param_of(k.second)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
-    threads = prepare(&k, outer, channels, inner, threads, 1)
+    threads = prepare(&k, outer, channels, inner, threads, 1, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
@@ -266,7 +284,7 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
     k.dy = data(dy)
     k.at_mean, k.at_var = param(mean, 0), param(None, 1)
     k.mean, k.second = <double *>data(sum_dy), <double *>data(sum_dy_xmu)
-    threads = prepare(&k, outer, channels, inner, threads, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
@@ -289,7 +307,7 @@ def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx ch
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.eps = param(weight, 1), eps
     k.mean, k.second = <double *>data(sum_dy), <double *>data(sum_dy_xmu)
-    threads = prepare(&k, outer, channels, inner, threads, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 2, 1)
     cdef double *memory = scratch(&k, False)
     with nogil:
         run(slopes_tile, &k, k.tiles, 1, False)
@@ -306,7 +324,7 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.eps = param(weight, 1), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
-    threads = prepare(&k, outer, channels, inner, threads, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
@@ -318,27 +336,13 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
         free(memory)
 
 
-cdef inline void blend(np.ndarray running, idx c, double batch, double momentum) noexcept:
-    cdef float *f32
-    cdef double *f64
-    # By stride: a running statistic may be a view, and is updated in place.
-    if np.PyArray_TYPE(running) == np.NPY_FLOAT32:
-        f32 = <float *>np.PyArray_GETPTR1(running, c)
-        f32[0] = <float>((1 - momentum) * f32[0] + momentum * batch)
-    else:
-        f64 = <double *>np.PyArray_GETPTR1(running, c)
-        f64[0] = (1 - momentum) * f64[0] + momentum * batch
-
-
 def update_running_stats(np.ndarray running_mean, np.ndarray running_var, np.ndarray mean, np.ndarray var,
                          double momentum, idx count):
-    cdef double unbiased = <double>count / <double>(count - 1)
-    cdef const double *batch_mean = <const double *>data(mean)
-    cdef const double *batch_var = <const double *>data(var)
-    cdef idx c
-    for c in range(np.PyArray_DIM(mean, 0)):
-        blend(running_mean, c, batch_mean[c], momentum)
-        blend(running_var, c, batch_var[c] * unbiased, momentum)
+    cdef idx channels = np.PyArray_DIM(mean, 0)
+    # By stride: a running statistic may be a view, and is updated in place.
+    blend(result(running_mean), np.PyArray_STRIDE(running_mean, 0), channels, <const double *>data(mean), 1, momentum)
+    blend(result(running_var), np.PyArray_STRIDE(running_var, 0), channels, <const double *>data(var),
+          <double>count / <double>(count - 1), momentum)
 
 
 def limit(np.ndarray x, np.ndarray other, np.ndarray out, bint streaming, int threads):

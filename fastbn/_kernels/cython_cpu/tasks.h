@@ -75,18 +75,22 @@ static void read_caches(void)
     last_level_cache = l3 > 0 ? l3 : l2 > 0 ? l2 : (idx)1 << 23;
 }
 
-/* Planes under this many elements are served as columns, given the images to make that worth while. */
+/* Planes under this many elements are served as columns, given the images to make that worth while: a plane's own sums cost
+ * more than a step that only goes over its elements. */
 #define SMALL_PLANE 512
+#define SMALL_PLANE_TO_APPLY 128
 
 /* A tile of fewer columns than this, in the middle of longer rows, reads and writes memory in too small pieces. */
 #define NARROWEST 256
 
-/* Chooses tiles and parts. `reads`: tensors that a step reads; only the work's division depends on `threads`. */
-static void plan(call_t *k, int threads, int reads)
+/* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
+ * division depends on `threads`. */
+static void plan(call_t *k, int threads, int reads, int passes)
 {
     idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
-    k->columns = k->inner == 1 || (k->inner < SMALL_PLANE && k->outer >= 8);
-    k->streaming = (reads + 1) * elements * size > last_level_cache / 2; /* others use that cache too */
+    k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SMALL_PLANE_TO_APPLY) && k->outer >= 8);
+    /* Past the cache where the step does not fit in; a step that comes back to its input wants the cache for that. */
+    k->streaming = (reads + 1) * elements * size > last_level_cache / passes;
     if (!k->columns) {
         k->runs = runs_of(k->outer, k->channels, k->inner);
         k->tile = 1;
