@@ -91,7 +91,8 @@ def render(cases: list[dict], cpu: str) -> str:
                 row += f" {mean_ratio(ratios):.1f} (least {min(ratios):.1f}) |" if ratios else " – |"
             lines.append(row)
     slower = [
-        f"{OPERATIONS[c['operation']]} {'×'.join(map(str, c['shape']))} {c['layout']} ({name}: {t / c['ms']['fastbn']:.2f})"
+        f"{OPERATIONS[c['operation']]} {'×'.join(map(str, c['shape']))} {c['layout']} "
+        f"({name}: {t / c['ms']['fastbn']:.2f})"
         for c in cases
         for name, t in c["ms"].items()
         if not name.startswith("floor") and t < c["ms"]["fastbn"]

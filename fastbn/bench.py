@@ -17,6 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SHAPES = ((32, 64, 112, 112), (32, 64, 56, 56), (32, 128, 28, 28), (32, 1024, 14, 14), (32, 512, 7, 7))
 EPS = 1e-5
 SECONDS = 1.0  # for a row
+CALLS_A_TURN = 5
 
 
 def interleaved(
@@ -32,8 +33,9 @@ def interleaved(
     least : int
         Rounds to take in any case.
     settle : float
-        Seconds to wait before each function's turn, which then begins with a call that is not counted: for functions
-        of several libraries, whose threads spin for a while after a call and get in the next one's way.
+        Seconds to wait before each function's turn, which then begins with a call that is not counted and goes on with
+        some that are: for functions of several libraries, whose threads spin for a while after a call and get in the
+        next one's way. (A processor that has slept needs a call or two to be fast again.)
     """
     for function in functions:
         function()
@@ -48,9 +50,10 @@ def interleaved(
                 if settle:
                     sleep(settle)
                     function()
-                start = perf_counter()
-                function()
-                best[i] = min(best[i], perf_counter() - start)
+                for _ in range(CALLS_A_TURN if settle else 1):
+                    start = perf_counter()
+                    function()
+                    best[i] = min(best[i], perf_counter() - start)
             rounds += 1
     finally:
         if collecting:

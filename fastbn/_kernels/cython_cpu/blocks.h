@@ -46,7 +46,7 @@ typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements
 
 #define BLOCK 8192                                /* elements a block of runs sums before it merges */
 #define BLOCK_ROWS 256                            /* rows a block of columns sums before it merges */
-#define MAX_COLUMNS 1024                          /* columns of a tile: their sums stay in L1 */
+#define MAX_COLUMNS 512                          /* columns of a tile: their sums stay in L1 */
 #define APART (MAX_COLUMNS + 80)                  /* vectors that are read together must not all fall into one set of L1 */
 
 /* A (count, mean, m2); counts are exact in a double up to 2⁵³. */

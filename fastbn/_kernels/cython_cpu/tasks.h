@@ -126,32 +126,35 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     return t;
 }
 
-/* The parts of a step that goes over the elements once, each as much as memory likes to see in a row: whole rows where a row
- * is a channel's worth, tiles where the coefficients must be spread over columns, pieces of planes. */
-#define PIECE 65536 /* elements */
+/* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
+ * their coefficients in L1. Whole rows where a row is short, tiles of rows else; pieces of planes. */
+#define PIECE 65536    /* elements */
+#define SHORT_ROW 1024
+
+static inline int whole_rows(const call_t *k) { return k->inner == 1 && k->channels <= SHORT_ROW; }
 
 static inline idx rows_a_part(const call_t *k)
 {
-    return k->inner > 1 ? k->chunk : k->channels < PIECE ? PIECE / k->channels : 1;
+    return k->inner > 1 ? k->chunk : PIECE / least(k->channels, PIECE);
 }
 
 static inline idx apply_parts(const call_t *k)
 {
     if (!k->columns) return k->outer * k->channels * k->runs.pieces;
     idx rows = rows_a_part(k);
-    return (k->outer + rows - 1) / rows * (k->inner > 1 ? k->tiles : 1);
+    return (k->outer + rows - 1) / rows * (whole_rows(k) ? 1 : k->tiles);
 }
 
 /* Part i of columns: its first row, its number of rows, its channels. */
 static inline tile_t part_of(const call_t *k, idx i, idx *row, idx *rows, idx *first)
 {
-    idx tiles = k->inner > 1 ? k->tiles : 1;
+    idx tiles = whole_rows(k) ? 1 : k->tiles;
     *rows = rows_a_part(k);
     *row = i / tiles * *rows;
     *rows = least(*rows, k->outer - *row);
-    if (k->inner > 1) return tile_of(k, i % tiles, first);
+    if (tiles > 1) return tile_of(k, i % tiles, first);
     *first = 0;
-    tile_t all = {k->channels, 1, k->channels};
+    tile_t all = {k->channels, k->inner, k->channels * k->inner};
     return all;
 }
 
