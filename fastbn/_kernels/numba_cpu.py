@@ -1157,13 +1157,13 @@ def _last_level_cache() -> int:
     return max(sizes[1:], default=sizes[0])
 
 
-def _streaming(y: Array, tensors: int, passes: int, channels: int, inner: int) -> int:
+def _streaming(y: Array, passes: int, channels: int, inner: int) -> int:
     """The alignment that streamed stores shall have; 0: no streaming.
 
-    They pay where the call's tensors do not fit the last-level cache; a call that comes back to its input wants the
+    They pay where input and output do not fit the last-level cache; a call that comes back to its input wants the
     cache for that.
     """
-    if tensors * y.nbytes <= _last_level_cache() // passes or not y.flags.aligned:
+    if y.nbytes <= _last_level_cache() // (2 * passes) or not y.flags.aligned:
         return 0
     if inner > 1:
         return LINE_ALIGNMENT
@@ -1197,7 +1197,7 @@ def _forward(
     _run(
         FORWARD[grid.kind], grid.groups * grid.chunks, threads, _input(x), y.reshape(-1), apply, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, mean, m2,
-        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, _streaming(y, 2, 2, channels, inner),
+        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, _streaming(y, 2, channels, inner),
     )  # fmt: skip
 
 
@@ -1231,7 +1231,7 @@ def normalize(
     coefficients[1, :channels] = a
     a *= hi - mean
     coefficients[2, :channels] = a if bias is None else a + bias
-    streaming = _streaming(y, 2, 2 if backwards else 1, channels, inner)
+    streaming = _streaming(y, 2 if backwards else 1, channels, inner)
     if inner == 1:
         tasks = _up(outer, max(STRETCH // channels, 1))
     else:
@@ -1269,7 +1269,7 @@ def _backward(
         _input(dy), _input(x), dx.reshape(-1), steps, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, _parameter(mean, channels, 0.0),
         _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu,
-        _parameter(weight, channels, 1.0), eps, _streaming(dx, 3, 2, channels, inner),
+        _parameter(weight, channels, 1.0), eps, _streaming(dx, 2, channels, inner),
     )  # fmt: skip
 
 

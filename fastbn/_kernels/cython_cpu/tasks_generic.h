@@ -171,8 +171,10 @@ static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, 
 {
     double block_dy[MAX_COLUMNS], block_dy_x[MAX_COLUMNS];
     T hi[MAX_COLUMNS];
-    for (idx c = 0; c < t.channels; c++)
-        for (idx j = 0; j < t.inner; j++) hi[c * t.inner + j] = (T)param_at(k->at_mean, first + c);
+    for (idx c = 0; c < t.channels; c++) {
+        T mean = (T)param_at(k->at_mean, first + c);
+        for (idx j = 0; j < t.inner; j++) hi[c * t.inner + j] = mean;
+    }
     idx begin = chunk * k->chunk, end = least(begin + k->chunk, k->outer);
     for (idx row = begin; row < end; row += BLOCK_ROWS) {
         idx at = row * t.ld + first * t.inner;
