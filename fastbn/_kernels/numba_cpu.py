@@ -1160,10 +1160,10 @@ def _last_level_cache() -> int:
 def _streaming(y: Array, passes: int, channels: int, inner: int) -> int:
     """The alignment that streamed stores shall have; 0: no streaming.
 
-    They pay where input and output do not fit the last-level cache; a call that comes back to its input wants the
+    They pay where the output does not fit the last-level cache; a call that comes back to its input wants the
     cache for that.
     """
-    if y.nbytes <= _last_level_cache() // (2 * passes) or not y.flags.aligned:
+    if y.nbytes <= _last_level_cache() // (4 if passes > 1 else 1) or not y.flags.aligned:
         return 0
     if inner > 1:
         return LINE_ALIGNMENT

@@ -89,8 +89,8 @@ static void plan(call_t *k, int threads, int reads, int passes)
 {
     idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
     k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SMALL_PLANE_TO_APPLY) && k->outer >= 8);
-    /* Past the cache where input and output do not fit in; a step that comes back to its input wants the cache for that. */
-    k->streaming = elements * size > last_level_cache / (2 * passes);
+    /* Past the cache where the output does not fit in; a step that comes back to its input wants the cache for that. */
+    k->streaming = elements * size > (passes > 1 ? last_level_cache / 4 : last_level_cache);
     if (!k->columns) {
         k->runs = runs_of(k->outer, k->channels, k->inner);
         k->tile = 1;

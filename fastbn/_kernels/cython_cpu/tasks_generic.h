@@ -125,6 +125,14 @@ static void FN(coefs_tile)(const call_t *k, idx i)
 static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
     FN(coefs) v = FN(coefs_from)(k, first);
+    if (t.inner >= SMALL_PLANE_TO_APPLY) {
+        for (idx r = row; r < row + rows; r++)
+            for (idx c = 0; c < t.channels; c++) {
+                idx at = r * t.ld + (first + c) * t.inner;
+                FN(apply_run)((const T *)k->x + at, (T *)k->out + at, t.inner, v, c, k->streaming);
+            }
+        return;
+    }
     T spread[3][APART];
     if (t.inner > 1) {
         FN(spread_columns)(v.hi, t, spread[0]);
@@ -275,8 +283,21 @@ static void FN(slopes_tile)(const call_t *k, idx i)
     }
 }
 
+static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
+{
+    FN(slopes) g = FN(slopes_from)(k, 0);
+    const T *dy = (const T *)k->dy + at;
+    if (k->batch) FN(slope_run)(dy, (const T *)k->x + at, (T *)k->out + at, len, g, channel, k->streaming);
+    else FN(scale_run)(dy, (T *)k->out + at, len, g.a[channel], k->streaming);
+}
+
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
+    if (t.inner >= SMALL_PLANE_TO_APPLY) {
+        for (idx r = row; r < row + rows; r++)
+            for (idx c = first; c < first + t.channels; c++) FN(slope_plane)(k, c, r * t.ld + c * t.inner, t.inner);
+        return;
+    }
     FN(slopes) g = FN(slopes_from)(k, first);
     T spread[5][APART];
     if (t.inner > 1) {
@@ -292,14 +313,6 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
     const T *dy = (const T *)k->dy + at;
     if (k->batch) FN(slope_columns)(dy, (const T *)k->x + at, (T *)k->out + at, rows, t.ld, cols, g, k->streaming);
     else FN(scale_columns)(dy, (T *)k->out + at, rows, t.ld, cols, g.a, k->streaming);
-}
-
-static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
-{
-    FN(slopes) g = FN(slopes_from)(k, 0);
-    const T *dy = (const T *)k->dy + at;
-    if (k->batch) FN(slope_run)(dy, (const T *)k->x + at, (T *)k->out + at, len, g, channel, k->streaming);
-    else FN(scale_run)(dy, (T *)k->out + at, len, g.a[channel], k->streaming);
 }
 
 static void FN(slope_part)(const call_t *k, idx i)
