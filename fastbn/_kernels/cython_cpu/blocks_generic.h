@@ -422,12 +422,12 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
             if (!FN(stands)(sum[c], squares[c], m2[c], count)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
-/* Rows [0, all) of a tile. Short rows that lie one behind the other go four at a time: they share a load of the coefficients, and
- * what comes next is asked for in memory's order. Others go one by one: rows apart by pages would meet in one set of L1,
- * and streaming stores want memory in order. */
+/* Rows [0, all) of a tile, one by one: memory is read and written in order, and the next 2 KiB are asked for. Where the tensors are in
+ * cache, short rows that lie one behind the other go four at a time and share a load of the coefficients. (Not rows
+ * apart by pages, which would meet in one set of L1.) */
 #define EACH_ROW(SHIFT)                                                                                                \
     idx r = 0;                                                                                                         \
-    if (!streaming && len == ld && ld * (idx)sizeof(T) <= 2048)                                                        \
+    if (cached && len == ld && ld * (idx)sizeof(T) <= 2048)                                                        \
         for (const idx rows = 4; r + 4 <= all; r += 4) {                                                               \
             SWEEP_STORE                                                                                                \
             SHIFT(4)                                                                                                   \
@@ -437,20 +437,21 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
         SHIFT(1)                                                                                                       \
     }
 
-static inline __attribute__((always_inline)) void FN(ask_rows)(const T *p, idx i, idx rows, idx ld)
+static inline __attribute__((always_inline)) void FN(ask_rows)(const T *p, idx i, idx rows, idx ld, idx len)
 {
-    if (rows == 1) __builtin_prefetch(p + ld + i);
+    if (rows == 1) __builtin_prefetch(p + (len == ld ? 2048 / (idx)sizeof(T) : ld) + i);
     else
         for (int l = 0; l < 4 * VECTOR_BYTES; l += 64) __builtin_prefetch((const char *)(p + 4 * ld + 4 * i) + l);
 }
 
 /* IN x, OUT y: `all` rows of `len` columns. out may be x. */
-static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(coefs) v, int streaming)
+static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(coefs) v, int streaming,
+                             int cached)
 {
     const T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
 #define SHIFT(n) x += n * ld, out += n * ld;
 #define PREPARE(load, i) __typeof__(load(his)) hi = load(his + i), a = load(as + i), b = load(bs + i);
-#define AHEAD(i) FN(ask_rows)(x, i, rows, ld);
+#define AHEAD(i) FN(ask_rows)(x, i, rows, ld, len);
 #define FORMULA(load, i) (load(x + i) - hi) * a + b
     EACH_ROW(SHIFT)
 #undef FORMULA
@@ -507,13 +508,14 @@ static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, co
 }
 
 /* IN dy, x, OUT dx: `all` rows of `len` columns. out may be dy or x. */
-static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, idx len, FN(slopes) g, int streaming)
+static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, idx len, FN(slopes) g, int streaming,
+                             int cached)
 {
     const T *restrict ms = g.m, *restrict as = g.a, *restrict his = g.hi, *restrict ks = g.k, *restrict cs = g.c;
 #define SHIFT(n) x += n * ld, dy += n * ld, out += n * ld;
 #define PREPARE(load, i)                                                                                               \
     __typeof__(load(ms)) m = load(ms + i), a = load(as + i), hi = load(his + i), k = load(ks + i), c = load(cs + i);
-#define AHEAD(i) FN(ask_rows)(x, i, rows, ld), FN(ask_rows)(dy, i, rows, ld);
+#define AHEAD(i) FN(ask_rows)(x, i, rows, ld, len), FN(ask_rows)(dy, i, rows, ld, len);
 #define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
     EACH_ROW(SHIFT)
 #undef FORMULA
@@ -523,11 +525,12 @@ static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, 
 }
 
 /* IN dy, OUT dx: `all` rows of `len` columns with fixed statistics, dx = dy·a. */
-static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, const T *restrict as, int streaming)
+static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, const T *restrict as, int streaming,
+                             int cached)
 {
 #define SHIFT(n) dy += n * ld, out += n * ld;
 #define PREPARE(load, i) __typeof__(load(as)) a = load(as + i);
-#define AHEAD(i) FN(ask_rows)(dy, i, rows, ld);
+#define AHEAD(i) FN(ask_rows)(dy, i, rows, ld, len);
 #define FORMULA(load, i) load(dy + i) * a
     EACH_ROW(SHIFT)
 #undef FORMULA

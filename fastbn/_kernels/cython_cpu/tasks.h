@@ -32,7 +32,7 @@ typedef struct {
     int to_var;
     result_t grad_weight, grad_bias;
     /* the plan */
-    int columns, fused, streaming;
+    int columns, fused, streaming, cached;
     runs_t runs;
     idx tile, tiles;   /* channels a tile */
     idx chunk, chunks; /* rows (or, with runs, blocks) a part */
@@ -91,6 +91,7 @@ static void plan(call_t *k, int threads, int reads, int passes)
     k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SMALL_PLANE_TO_APPLY) && k->outer >= 8);
     /* Past the cache where the output does not fit in; a step that comes back to its input wants the cache for that. */
     k->streaming = elements * size > (passes > 1 ? last_level_cache / 4 : last_level_cache);
+    k->cached = elements * size <= last_level_cache / 4;
     if (!k->columns) {
         k->runs = runs_of(k->outer, k->channels, k->inner);
         k->tile = 1;

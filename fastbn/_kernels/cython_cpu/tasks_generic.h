@@ -142,7 +142,8 @@ static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, ti
         v = wide;
     }
     idx at = row * t.ld + first * t.inner;
-    FN(apply_columns)((const T *)k->x + at, (T *)k->out + at, rows, t.ld, t.channels * t.inner, v, k->streaming);
+    FN(apply_columns)((const T *)k->x + at, (T *)k->out + at, rows, t.ld, t.channels * t.inner, v, k->streaming,
+                      k->cached);
 }
 
 static void FN(normalize_part)(const call_t *k, idx i)
@@ -311,8 +312,8 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
     }
     idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner;
     const T *dy = (const T *)k->dy + at;
-    if (k->batch) FN(slope_columns)(dy, (const T *)k->x + at, (T *)k->out + at, rows, t.ld, cols, g, k->streaming);
-    else FN(scale_columns)(dy, (T *)k->out + at, rows, t.ld, cols, g.a, k->streaming);
+    if (k->batch) FN(slope_columns)(dy, (const T *)k->x + at, (T *)k->out + at, rows, t.ld, cols, g, k->streaming, k->cached);
+    else FN(scale_columns)(dy, (T *)k->out + at, rows, t.ld, cols, g.a, k->streaming, k->cached);
 }
 
 static void FN(slope_part)(const call_t *k, idx i)
