@@ -45,6 +45,7 @@ class BuildExt(build_ext):
             return
         openmp = self.openmp_flags()
         for extension in self.extensions:
+            extension.optional = True  # said here: cythonize makes the extensions anew and forgets it
             extension.extra_compile_args = COMPILE + INSTRUCTION_SETS[extension.name.rsplit(".", 1)[1]] + openmp
             extension.extra_link_args = openmp
         super().build_extensions()
@@ -80,7 +81,6 @@ def extensions():
                 include_dirs=[numpy.get_include(), FOLDER],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
                 depends=headers,
-                optional=True,
             )
             for name in INSTRUCTION_SETS
         ],
