@@ -1,9 +1,9 @@
 """How a figure is taken: a ratio in one run.
 
-fastbn, the floor and the peers are called in turn on the same arrays, and each one's least time counts. The floor is
-the time to copy the tensor (forward, eval) or to add two tensors into a third (backward), by the better of plain and
-streaming stores, with all threads. The threads of one library may still spin for a while after its call; before another
-library's turn there is a pause, and a call that is not counted; five that count follow.
+fastbn, the floor and the peers are called in turn, in an order that changes, on the same arrays, and each one's least
+time counts. The floor is the time to copy the tensor (forward, eval) or to add two tensors into a third (backward), by
+the better of plain and streaming stores, with all threads. The threads of one library may still spin for a while after
+its call; before another library's turn there is a pause, and a call that is not counted; five that count follow.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from random import Random
 from time import perf_counter, sleep
 from typing import Any
 
@@ -40,13 +41,16 @@ def interleaved(
     for function in functions:
         function()
     best = [float("inf")] * len(functions)
+    order, shuffled = list(range(len(functions))), Random(0)  # what the one before left in cache must not favour one
     end = perf_counter() + seconds
     rounds = 0
     collecting = gc.isenabled()
     gc.disable()
     try:
         while rounds < least or perf_counter() < end:
-            for i, function in enumerate(functions):
+            shuffled.shuffle(order)
+            for i in order:
+                function = functions[i]
                 if settle:
                     sleep(settle)
                     function()
