@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 KERNELS := fastbn/_kernels/cython_cpu
 SOURCES := setup.py pyproject.toml $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
 
-.PHONY: demo test bench bench-smoke lint peers clean
+.PHONY: demo test bench bench-save bench-compare bench-smoke lint peers clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastbn demo
@@ -19,7 +19,21 @@ bench: .venv/peers
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only --benchmark-json=.venv/bench.json
 	$(BIN)/python bench/report.py .venv/bench.json
 
-# Every benchmark once, with no timing: that they run.
+# To hold a change against a run before it, without the peers: CONTRIBUTING.md. BENCH: which benchmarks.
+BENCH ?= bench
+NAME ?= before
+OURS := $(BIN)/python -m pytest $(BENCH) -q --benchmark-enable --benchmark-only --no-peers \
+	--benchmark-sort=name --benchmark-columns=min,median
+
+bench-save: .venv/test
+	$(OURS) --benchmark-save=$(NAME)
+
+bench-compare: .venv/test
+	$(OURS) --benchmark-group-by=fullname --benchmark-compare='*_$(NAME)'
+
+# Every benchmark once, on small batches and with no timing: that they run, and that the peers compute the same.
+# No library's threads spin there where the next one's want to run.
+bench-smoke: export OMP_WAIT_POLICY := passive
 bench-smoke: .venv/peers
 	$(BIN)/python -m pytest bench -q --benchmark-disable
 
@@ -28,7 +42,7 @@ lint: .venv/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch and the others that fastbn is held against: large, so only `make bench` and CI ask for them.
+# torch, jax and the others that fastbn is held against: large, so only `make bench` and CI ask for them.
 peers: .venv/peers
 
 .venv/pip:

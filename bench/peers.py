@@ -1,8 +1,8 @@
-"""What fastbn is held against, in one place: torch, oneDNN, plain NumPy.
+"""What fastbn is held against, in one place: torch, oneDNN, jax, plain NumPy.
 
 A peer gives a callable for each operation on the same arrays, or a reason why it cannot. All compute float32 with
-weight and bias. An array comes in the shape (N, C, …); channels-last arrays come as the transposed view of their
-memory.
+weight and bias. A peer comes as users call it, allocating its output, and ("out") with its output in place where it
+has such a form; oneDNN has no other.
 """
 
 from __future__ import annotations
@@ -11,31 +11,14 @@ import ctypes
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cases import EPS, Call, Case
 
+from fastbn import backends
 from fastbn import bench as user_bench
-
-EPS = 1e-5
-Call = Callable[[], Any]
-
-
-@dataclass
-class Case:
-    """The arrays of one case: x, dy and the outputs of one shape and layout, parameters and statistics a channel."""
-
-    x: np.ndarray
-    dy: np.ndarray
-    y: np.ndarray
-    dx: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-    threads: int
 
 
 class Missing(Exception):
@@ -46,42 +29,160 @@ class NumPy:
     """The lines that one writes without a library."""
 
     def __init__(self, case: Case) -> None:
-        c = case
-        axes = tuple(d for d in range(c.x.ndim) if d != 1)
+        c, axes = case, case.reduced
         mean, var, weight, bias = (np.expand_dims(p, axes) for p in (c.mean, c.var, c.weight, c.bias))
         self.forward: Call = lambda: user_bench.numpy_forward(c.x, weight, bias, axes)
         self.normalize: Call = lambda: user_bench.numpy_eval(c.x, mean, var, weight, bias)
         self.backward: Call = lambda: user_bench.numpy_backward(c.dy, c.x, mean, var, weight, axes)
 
 
+class NumPyRelu:
+    """Plain NumPy's batch norm, then the residual, then relu, each in place."""
+
+    def __init__(self, case: Case, residual: np.ndarray | None) -> None:
+        plain = NumPy(case)
+
+        def forward() -> np.ndarray:
+            y = plain.forward()
+            if residual is not None:
+                y += residual
+            return np.maximum(y, 0, out=y)
+
+        c, axes = case, case.reduced
+        mean, var, weight = (np.expand_dims(p, axes) for p in (c.mean, c.var, c.weight))
+        y = forward()
+        self.forward: Call = forward
+        self.backward: Call = lambda: user_bench.numpy_backward(c.dy * (y > 0), c.x, mean, var, weight, axes)
+
+
+def import_torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise Missing("torch is not installed: make peers") from None
+
+
 class Torch:
-    """torch.native_batch_norm: as called, each call allocating its output, and with outputs in place (`out`)."""
+    """torch.native_batch_norm."""
 
     def __init__(self, case: Case, *, out: bool = False) -> None:
-        try:
-            torch: Any = importlib.import_module("torch")
-        except ImportError:
-            raise Missing("torch is not installed: make peers") from None
-        torch.set_num_threads(case.threads)
-        x, dy, y, dx = (torch.from_numpy(a) for a in (case.x, case.dy, case.y, case.dx))
-        weight, bias, mean, var = (torch.from_numpy(a) for a in (case.weight, case.bias, case.mean, case.var))
-        running = torch.zeros_like(mean), torch.ones_like(var)
-        _, save_mean, save_invstd = torch.native_batch_norm(x, weight, bias, *running, True, 0.1, EPS)
-        both = dict(out=(y, torch.empty_like(mean), torch.empty_like(mean))) if out else {}
-        grads = dict(out0=dx, out1=torch.empty_like(mean), out2=torch.empty_like(mean)) if out else {}
-        gradient = torch.ops.aten.native_batch_norm_backward
-        gradient = gradient.out if out else gradient.default
-        rest = (weight, *running, save_mean, save_invstd, True, EPS, [True, True, True])
-        self.forward: Call = lambda: torch.native_batch_norm(x, weight, bias, *running, True, 0.1, EPS, **both)
-        self.normalize: Call = lambda: torch.native_batch_norm(x, weight, bias, mean, var, False, 0.1, EPS, **both)
-        self.backward: Call = lambda: gradient(dy, x, *rest, **grads)
+        import_torch()
+        c = case
+        calls = user_bench.torch_calls(
+            c.x, c.dy, c.weight, c.bias, c.mean, c.var, c.threads, (c.y, c.dx) if out else None
+        )
+        self.forward, self.normalize, self.backward = calls["forward"], calls["eval"], calls["backward"]
 
 
 class TorchOut(Torch):
-    """torch with its outputs in place."""
+    """torch's .out variants."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, out=True)
+
+
+class TorchRelu:
+    """torch's batch norm, then the residual, then relu, in its fastest forms: in place, but for the backward pass.
+
+    (torch computes the .out variant of that one aside, and copies.)
+    """
+
+    def __init__(self, case: Case, residual: np.ndarray | None) -> None:
+        torch = import_torch()
+        plain = TorchOut(case)
+        y, dy = torch.from_numpy(case.y), torch.from_numpy(case.dy)
+        added = None if residual is None else torch.from_numpy(residual)
+
+        def forward() -> Any:
+            plain.forward()
+            if added is not None:
+                y.add_(added)
+            return y.relu_()
+
+        result, dz = forward().clone(), torch.empty_like(dy)
+        c = case
+        rest = user_bench.torch_calls(c.x, dz.numpy(), c.weight, c.bias, c.mean, c.var, c.threads)["backward"]
+
+        def backward() -> Any:
+            torch.ops.aten.threshold_backward.grad_input(dy, result, 0, grad_input=dz)
+            return rest()
+
+        self.forward: Call = forward
+        self.backward: Call = backward
+
+
+class Jax:
+    """jax.jit of each operation, on jax's arrays of the same layout, to the end of its work.
+
+    The variance is E[x²] - mean², as Flax has it: what is fastest, and loses all digits where the mean is large.
+    """
+
+    def __init__(self, case: Case, *, donate: bool = False) -> None:
+        try:
+            jax: Any = importlib.import_module("jax")
+        except ImportError:
+            raise Missing("jax is not installed: make peers") from None
+        processors = backends._available_cpus()[0]
+        if case.threads != processors:
+            raise Missing(f"jax runs on all {processors} processors, and the others on {case.threads} threads")
+        jax.config.update("jax_platforms", "cpu")
+
+        def array(a: np.ndarray) -> Any:  # in the order of memory, where the channels may come last
+            return jax.numpy.asarray(a.transpose(0, 2, 3, 1) if case.layout == "NHWC" else a)
+
+        axes = (0, 1, 2) if case.layout == "NHWC" else case.reduced
+        x, dy = array(case.x), array(case.dy)
+        weight, bias, mean, var = (np.expand_dims(p, axes) for p in (case.weight, case.bias, case.mean, case.var))
+        count = case.x.size // len(case.weight)
+
+        def normalize(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
+            return (x - mean) * (jax.lax.rsqrt(var + EPS) * weight) + bias
+
+        def forward(x: Any, weight: Any, bias: Any) -> Any:
+            mean = x.mean(axes, keepdims=True)
+            var = (x * x).mean(axes, keepdims=True) - mean * mean
+            return normalize(x, mean, var, weight, bias), mean, var
+
+        def backward(dy: Any, x: Any, mean: Any, var: Any, weight: Any) -> Any:
+            inverse = jax.lax.rsqrt(var + EPS)
+            xhat = (x - mean) * inverse
+            dbias, dweight = dy.sum(axes, keepdims=True), (dy * xhat).sum(axes, keepdims=True)
+            return weight * inverse * (dy - dbias / count - xhat * (dweight / count)), dweight, dbias
+
+        compiled = into_the_last if donate else into_new
+        self.forward: Call = compiled(jax, forward, x, weight, bias)
+        self.normalize: Call = compiled(jax, normalize, x, mean, var, weight, bias)
+        self.backward: Call = compiled(jax, backward, dy, x, mean, var, weight)
+
+
+def into_new(jax: Any, function: Callable[..., Any], *arrays: Any) -> Call:
+    arrays = tuple(map(jax.numpy.asarray, arrays))
+    jitted = jax.jit(function)
+    return lambda: jax.block_until_ready(jitted(*arrays))
+
+
+def into_the_last(jax: Any, function: Callable[..., Any], *arrays: Any) -> Call:
+    """Each call donates what the one before returned, and jax writes into that memory."""
+    arrays = tuple(map(jax.numpy.asarray, arrays))
+    jitted = jax.jit(lambda last, *arrays: function(*arrays), donate_argnums=0, keep_unused=True)
+    last: Any = None
+
+    def call() -> Any:
+        nonlocal last
+        if last is None:
+            shapes = jax.eval_shape(function, *arrays)
+            last = jax.tree.map(lambda a: jax.numpy.array(np.zeros(a.shape, a.dtype)), shapes)
+        last = jax.block_until_ready(jitted(last, *arrays))
+        return last
+
+    return call
+
+
+class JaxOut(Jax):
+    """jax with donated outputs."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, donate=True)
 
 
 class OneDNN:
@@ -103,7 +204,6 @@ class OneDNN:
         self.lib = ctypes.CDLL(str(library))
         self.engine = self.make("dnnl_engine_create", ctypes.c_int(1), ctypes.c_size_t(0))
         self.stream = self.make("dnnl_stream_create", self.engine, ctypes.c_uint(1))
-        self.keep: list[Any] = []
         c = case
         data, stat = self.describe(c.x), self.describe(c.mean)
         scratch = [np.empty_like(c.mean) for _ in range(4)]
@@ -156,14 +256,18 @@ class OneDNN:
         for i, (name, (desc, array)) in enumerate(arrays.items()):
             memory = self.make("dnnl_memory_create", desc, self.engine, ctypes.c_void_p(array.ctypes.data))
             args[i] = self.Arg(name, memory.value)
-        self.keep.append((args, arrays))
-        execute, wait = self.lib.dnnl_primitive_execute, self.lib.dnnl_stream_wait
+        execute, wait, stream = self.lib.dnnl_primitive_execute, self.lib.dnnl_stream_wait, self.stream
 
-        def run() -> None:
-            execute(primitive, self.stream, len(args), args)
-            wait(self.stream)
+        def run(keep: Any = arrays) -> None:  # not self: with it, call and peer would hold each other, and the arrays
+            execute(primitive, stream, len(args), args)
+            wait(stream)
 
         return run
 
 
-PEERS: dict[str, Callable[[Case], Any]] = {"torch": Torch, "torch out": TorchOut, "oneDNN": OneDNN, "NumPy": NumPy}
+PEERS: dict[str, Callable[[Case], Any]] = {
+    "torch": Torch, "torch out": TorchOut, "oneDNN": OneDNN, "jax": Jax, "jax out": JaxOut, "NumPy": NumPy,
+}  # fmt: skip
+
+# The unfused sequences: constructed with the case and a residual or None, forward and backward.
+UNFUSED: dict[str, Callable[..., Any]] = {"torch": TorchRelu, "NumPy": NumPyRelu}

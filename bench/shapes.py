@@ -13,5 +13,14 @@ RESNET50 = {
     (32, 512, 7, 7): 6,
 }
 
+# Three of them, for what need not be seen on all: far out of cache, about its size, and in it.
+FEW = [(32, 256, 56, 56), (32, 128, 28, 28), (32, 512, 7, 7)]
+
 # (N, C) of fully connected networks.
 DENSE = [(4096, 256), (128, 1024), (32, 64)]
+
+LAYOUTS = ["NCHW", "NHWC"]
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -1,23 +1,24 @@
 """Backward through the batch's statistics."""
 
 import pytest
-from peers import EPS
-from shapes import DENSE, RESNET50
-
-import fastbn
-
-
-def call(case):
-    _, saved = fastbn.batch_norm_forward(case.x, case.weight, case.bias, eps=EPS, out=case.y)
-    return lambda: fastbn.batch_norm_backward(case.dy, saved, out=case.dx)
+from cases import TENSORS, backward, floor, reads
+from peers import PEERS
+from shapes import DENSE, LAYOUTS, RESNET50, name
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", RESNET50, ids=lambda s: "x".join(map(str, s)))
-def test_images(measure, shape, layout):
-    measure("backward", shape, layout, call)
+def run(case, peers, measure):
+    ours = {"fastbn": backward(case, case.dx), "fastbn called": backward(case, None)}
+    calls = ours | peers(PEERS, "backward", case)
+    limits = {"floor": floor(case, TENSORS["backward"]), "reads": reads(case, TENSORS["backward"])}
+    measure("operations", "backward", case, calls, limits)
 
 
-@pytest.mark.parametrize("shape", DENSE, ids=lambda s: "x".join(map(str, s)))
-def test_dense(measure, shape):
-    measure("backward", shape, "NC", call)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", RESNET50, ids=name)
+def test_images(case, peers, measure, shape, layout):
+    run(case(shape, layout), peers, measure)
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=name)
+def test_dense(case, peers, measure, shape):
+    run(case(shape, "NC"), peers, measure)

@@ -1,22 +1,24 @@
 """Forward with the batch's statistics."""
 
 import pytest
-from peers import EPS
-from shapes import DENSE, RESNET50
-
-import fastbn
-
-
-def call(case):
-    return lambda: fastbn.batch_norm_forward(case.x, case.weight, case.bias, eps=EPS, out=case.y)
+from cases import TENSORS, floor, forward, reads
+from peers import PEERS
+from shapes import DENSE, LAYOUTS, RESNET50, name
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", RESNET50, ids=lambda s: "x".join(map(str, s)))
-def test_images(measure, shape, layout):
-    measure("forward", shape, layout, call)
+def run(case, peers, measure):
+    ours = {"fastbn": forward(case, case.y), "fastbn called": forward(case, None)}
+    calls = ours | peers(PEERS, "forward", case)
+    limits = {"floor": floor(case, TENSORS["forward"]), "reads": reads(case, TENSORS["forward"])}
+    measure("operations", "forward", case, calls, limits)
 
 
-@pytest.mark.parametrize("shape", DENSE, ids=lambda s: "x".join(map(str, s)))
-def test_dense(measure, shape):
-    measure("forward", shape, "NC", call)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", RESNET50, ids=name)
+def test_images(case, peers, measure, shape, layout):
+    run(case(shape, layout), peers, measure)
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=name)
+def test_dense(case, peers, measure, shape):
+    run(case(shape, "NC"), peers, measure)

@@ -1,22 +1,23 @@
 """Eval mode: normalize with given statistics."""
 
 import pytest
-from peers import EPS
-from shapes import DENSE, RESNET50
-
-import fastbn
-
-
-def call(case):
-    return lambda: fastbn.batch_norm(case.x, case.mean, case.var, case.weight, case.bias, eps=EPS, out=case.y)
+from cases import TENSORS, floor, normalize
+from peers import PEERS
+from shapes import DENSE, LAYOUTS, RESNET50, name
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", RESNET50, ids=lambda s: "x".join(map(str, s)))
-def test_images(measure, shape, layout):
-    measure("normalize", shape, layout, call)
+def run(case, peers, measure):
+    ours = {"fastbn": normalize(case, case.y), "fastbn called": normalize(case, None)}
+    calls = ours | peers(PEERS, "normalize", case)
+    measure("operations", "normalize", case, calls, {"floor": floor(case, TENSORS["normalize"])})
 
 
-@pytest.mark.parametrize("shape", DENSE, ids=lambda s: "x".join(map(str, s)))
-def test_dense(measure, shape):
-    measure("normalize", shape, "NC", call)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", RESNET50, ids=name)
+def test_images(case, peers, measure, shape, layout):
+    run(case(shape, layout), peers, measure)
+
+
+@pytest.mark.parametrize("shape", DENSE, ids=name)
+def test_dense(case, peers, measure, shape):
+    run(case(shape, "NC"), peers, measure)

@@ -7,13 +7,14 @@ statistic is touched.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+F16 = np.dtype(np.float16)
 F32 = np.dtype(np.float32)
 F64 = np.dtype(np.float64)
 
@@ -21,17 +22,33 @@ MOST_THREADS = 4096
 
 
 def data(name: str, x: Any) -> Array:
-    """An array of float32 or float64, as it is."""
+    """An array of float16, bfloat16, float32 or float64, as it is."""
     if type(x) is np.ndarray and (x.dtype is F32 or x.dtype is F64):  # the usual case, settled by identity
         return x
+    return _of_dtypes(
+        name, x, "float16, bfloat16, float32 or float64", lambda d: d in (F32, F64, F16) or is_bfloat16(d)
+    )
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is the dtype that ml_dtypes adds to NumPy (which has the same name in the other byte order)."""
+    return dtype.name == "bfloat16" and dtype.itemsize == 2 and dtype.isnative
+
+
+def parameters_like(x: Array) -> np.dtype[Any]:
+    """The dtype of parameters and their gradients where nothing else says it: never half."""
+    return F64 if x.dtype == F64 else F32
+
+
+def _of_dtypes(name: str, x: Any, dtypes: str, served: Callable[[np.dtype[Any]], bool]) -> Array:
     x = _as_ndarray(name, x)
     if x.dtype == object and x.ndim == 0:
-        raise TypeError(f"{name} is a {type(x.item()).__name__}, and must be an array of float32 or float64")
-    if x.dtype != F32 and x.dtype != F64:
+        raise TypeError(f"{name} is a {type(x.item()).__name__}, and must be an array of {dtypes}")
+    if not served(x.dtype):
         swapped = (
             "; it is in the other byte order: use .astype(dtype.newbyteorder('='))" if not x.dtype.isnative else ""
         )
-        raise TypeError(f"{name} has dtype {x.dtype}, and must be float32 or float64{swapped}")
+        raise TypeError(f"{name} has dtype {x.dtype}, and must be {dtypes}{swapped}")
     return x  # type: ignore[no-any-return]
 
 
@@ -69,7 +86,8 @@ def parameter(name: str, p: Any, channels: int) -> Array | None:
 
 
 def _vector(name: str, p: Any, channels: int) -> Array:
-    p = data(name, p)
+    if type(p) is not np.ndarray or (p.dtype is not F32 and p.dtype is not F64):
+        p = _of_dtypes(name, p, "float32 or float64", lambda d: d in (F32, F64))
     if p.shape != (channels,):
         raise ValueError(f"{name} has shape {p.shape}, and must have shape ({channels},): one value a channel")
     return p  # type: ignore[no-any-return]
@@ -112,6 +130,21 @@ def momentum(value: Any) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"momentum is {value}, and must be from 0 to 1: the weight of the new batch")
     return value  # type: ignore[no-any-return]
+
+
+def activation(name: Any, negative_slope: Any) -> float:
+    """The activation's slope under 0: 1 is no activation."""
+    if name is None:
+        return 1.0
+    if not isinstance(name, str) or name not in ("relu", "leaky_relu"):
+        raise ValueError(f"activation is {name!r}, and must be None, 'relu' or 'leaky_relu'")
+    if name == "relu":
+        return 0.0
+    slope = _number("negative_slope", negative_slope)
+    # Under 0, y's sign would not tell what the activation did.
+    if not 0.0 <= slope <= float(np.finfo(F32).max):
+        raise ValueError(f"negative_slope is {slope}, and must be at least 0 and finite (in float32)")
+    return slope
 
 
 def _number(name: str, value: Any) -> float:
@@ -171,15 +204,15 @@ def output(name: str, out: Any, x: Array) -> None:
         raise ValueError(f"{name} is read-only, and must be writeable")
 
 
-def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: str | None = None) -> None:
-    """`out` must not share memory with an input, unless it is exactly the one named by `same_as`."""
+def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: tuple[str, ...] = ()) -> None:
+    """`out` must not share memory with an input, unless it is exactly one of those named by `same_as`."""
     if out is None:
         return
     for other, array in others.items():
         if isinstance(array, np.ndarray) and _shares(out, array):
-            if other == same_as and _is_exactly(out, array):
+            if other in same_as and _is_exactly(out, array):
                 continue
-            exact = f", or be {same_as} itself" if same_as else ""
+            exact = f", or be {' or '.join(same_as)} itself" if same_as else ""
             raise ValueError(f"{name} overlaps {other} in memory, and must not{exact}")
 
 

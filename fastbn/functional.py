@@ -23,8 +23,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Saved:
     """What a backward pass needs of its forward pass.
 
-    It refers to x and weight without copying them (unless they had gaps): do not overwrite them before the backward
-    pass.
+    It refers to x, weight, bias and, after a residual, y without copying them (unless they had gaps): do not overwrite
+    them before the backward pass.
 
     Attributes
     ----------
@@ -34,6 +34,13 @@ class Saved:
         Whether they were the batch's own, so that the gradient flows through them.
     weight, bias : ndarray or None
     eps : float
+    slope : float
+        The activation's under 0: 0 for relu, 1 where there is no activation.
+    residual : bool
+        Whether one was added.
+    y : ndarray or None
+        The result, where a residual and an activation made it: the backward pass sees from it which elements the
+        activation cut. Without a residual it sees that from x, and y is not kept.
     x : ndarray
         The input, its axes in memory order.
     layout : Layout
@@ -47,6 +54,9 @@ class Saved:
     bias: Array | None
     eps: float
     batch: bool
+    slope: float = 1.0
+    residual: bool = False
+    y: Array | None = None
 
 
 def batch_norm(
@@ -60,6 +70,9 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Any = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
@@ -67,7 +80,8 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 2 to 5 axes
+    x : ndarray of float16, bfloat16 (of ml_dtypes), float32 or float64, 2 to 5 axes
+        Half types are converted as they are read and written; what is computed from them is computed in float32.
     running_mean, running_var : ndarray of float32 or float64, shape (channels,), optional
         In training they are updated in place: ``running += momentum * (batch - running)``, with the unbiased variance.
         Otherwise they are what normalizes x, and must be given.
@@ -80,14 +94,21 @@ def batch_norm(
         Added to the variance.
     axis : int
         The channel axis: 1 for NC, NCL, NCHW, NCDHW, -1 for channels-last.
+    activation : {None, "relu", "leaky_relu"}
+        Applied to the result, in the same pass over memory.
+    negative_slope : float of at least 0
+        leaky_relu's slope under 0.
+    residual : ndarray of x's shape and dtype, optional
+        Added before the activation, in the same pass over memory.
     out : ndarray, optional
-        Where to write, of x's shape and dtype; may be x itself.
+        Where to write, of x's shape and dtype; may be x or residual itself.
     num_threads : int, optional
 
     Returns
     -------
     y : ndarray
-        ``(x - mean) / sqrt(var + eps) * weight + bias``, of x's shape, dtype and memory order; `out` if given.
+        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, of x's shape, dtype and memory order;
+        `out` if given.
 
     Raises
     ------
@@ -101,27 +122,34 @@ def batch_norm(
     if checks.flag("training", training):
         return train_forward(
             x, running_mean, running_var, weight, bias,
-            momentum=momentum, eps=eps, axis=axis, out=out, num_threads=num_threads, same_as="x",
+            momentum=momentum, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
+            residual=residual, out=out, num_threads=num_threads, keep=False,
         )[0]  # fmt: skip
     source, layout = canonical("x", x, axis)
     checks.momentum(momentum)
-    mean, var = checks.running(running_mean, running_var, layout.channels, update=False)
-    return _normalize(x, source, layout, mean, var, weight, bias, eps, out, num_threads, same_as="x")[0]
+    mean, var = _running(running_mean, running_var, layout.channels, update=False)
+    slope = checks.activation(activation, negative_slope)
+    return _normalize(
+        x, source, layout, mean, var, weight, bias, eps, slope, residual, out, num_threads, keep=False
+    )[0]  # fmt: skip
 
 
 def train_forward(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, *,
-    momentum: float, eps: float, axis: int, out: Array | None, num_threads: int | None = None,
-    same_as: str | None = None,
+    momentum: float, eps: float, axis: int, activation: str | None, negative_slope: float, residual: Any,
+    out: Array | None, num_threads: int | None = None, keep: bool = True,
 ) -> tuple[Array, Saved]:  # fmt: skip
     """`batch_norm_forward` that also updates the running statistics, where there are any: a training step's forward.
 
-    With ``same_as="x"`` out may be x, and `saved` is then of no use.
+    Without `keep` out may be x, and `saved` is then of no use.
     """
     source, layout = canonical("x", x, axis)
     rate = checks.momentum(momentum)
-    mean, var = checks.running(running_mean, running_var, layout.channels, update=True)
-    y, saved = _forward(x, source, layout, weight, bias, eps, out, num_threads, same_as=same_as, apart=(mean, var))
+    mean, var = _running(running_mean, running_var, layout.channels, update=True)
+    slope = checks.activation(activation, negative_slope)
+    y, saved = _forward(
+        x, source, layout, weight, bias, eps, slope, residual, out, num_threads, keep=keep, apart=(mean, var)
+    )  # fmt: skip
     if mean is not None and source.size:
         backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, layout.values)
     return y, saved
@@ -134,6 +162,9 @@ def batch_norm_forward(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Any = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]:
@@ -141,10 +172,11 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, num_threads
+    x, weight, bias, eps, axis, activation, negative_slope, residual, num_threads
         As for `batch_norm`.
     out : ndarray, optional
-        Where to write, of x's shape and dtype. It must not share memory with x, which the backward pass reads.
+        Where to write, of x's shape and dtype; may be residual itself. It must not share memory with x, which the
+        backward pass reads.
 
     Returns
     -------
@@ -158,7 +190,8 @@ def batch_norm_forward(
         Naming the argument, what it was and what it must be.
     """
     source, layout = canonical("x", x, axis)
-    return _forward(x, source, layout, weight, bias, eps, out, num_threads)
+    slope = checks.activation(activation, negative_slope)
+    return _forward(x, source, layout, weight, bias, eps, slope, residual, out, num_threads)
 
 
 def batch_norm_eval_forward(
@@ -170,6 +203,9 @@ def batch_norm_eval_forward(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Any = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]:
@@ -179,10 +215,11 @@ def batch_norm_eval_forward(
 
     Parameters
     ----------
-    x, running_mean, running_var, weight, bias, eps, axis, num_threads
+    x, running_mean, running_var, weight, bias, eps, axis, activation, negative_slope, residual, num_threads
         As for `batch_norm`; the running statistics are required and are not updated.
     out : ndarray, optional
-        Where to write, of x's shape and dtype. It must not share memory with x, which the backward pass reads.
+        Where to write, of x's shape and dtype; may be residual itself. It must not share memory with x, which the
+        backward pass reads.
 
     Returns
     -------
@@ -195,15 +232,23 @@ def batch_norm_eval_forward(
         Naming the argument, what it was and what it must be.
     """
     source, layout = canonical("x", x, axis)
-    mean, var = checks.running(running_mean, running_var, layout.channels, update=False)
+    mean, var = _running(running_mean, running_var, layout.channels, update=False)
+    slope = checks.activation(activation, negative_slope)
     # Copies: a training step may update the running statistics before the backward pass.
-    return _normalize(x, source, layout, mean.copy(), var.copy(), weight, bias, eps, out, num_threads)
+    return _normalize(
+        x, source, layout, mean.copy(), var.copy(), weight, bias, eps, slope, residual, out, num_threads
+    )  # fmt: skip
 
 
 def batch_norm_backward(
-    dy: Any, saved: Saved, *, out: Array | None = None, num_threads: int | None = None
-) -> tuple[Array, Array | None, Array | None]:
-    """The gradients of a loss with respect to x, weight and bias.
+    dy: Any,
+    saved: Saved,
+    *,
+    out: Array | None = None,
+    out_residual: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array | None, ...]:
+    """The gradients of a loss with respect to x, weight, bias and, where there was one, residual.
 
     Parameters
     ----------
@@ -213,6 +258,8 @@ def batch_norm_backward(
         What `batch_norm_forward` or `batch_norm_eval_forward` returned beside y.
     out : ndarray, optional
         Where to write dx, of dy's shape and dtype; may be dy itself, but must not share memory with x.
+    out_residual : ndarray, optional
+        Where to write dresidual, likewise; allowed only if the forward pass had a residual. Not out's memory.
     num_threads : int, optional
 
     Returns
@@ -221,6 +268,8 @@ def batch_norm_backward(
         Of x's shape, dtype and memory order; `out` if given.
     dweight, dbias : ndarray of shape (channels,) and of weight's and bias's dtype, or None
         None where the forward pass had no weight or no bias.
+    dresidual : ndarray
+        Only where the forward pass had a residual, as a fourth result: dy where the activation passed it on.
 
     Raises
     ------
@@ -233,21 +282,45 @@ def batch_norm_backward(
             "returned beside y; batch_norm keeps nothing for a backward pass"
         )
     x, layout, weight, bias = saved.x, saved.layout, saved.weight, saved.bias
-    gradient = like("dy", dy, x, layout)
-    memory, dx = output("out", out, x, layout)
-    checks.overlap("out", out, {"dy": dy, "x": x, "weight": weight}, same_as="dy")
     channels = layout.channels
-    dweight = np.empty(channels, x.dtype if weight is None else weight.dtype)
-    dbias = np.empty(channels, x.dtype if bias is None else bias.dtype)
     kernels, threads = backends.serving(num_threads)
+    residual_memory = dresidual = None
+    if (
+        layout.order is None
+        and not saved.residual
+        and out_residual is None
+        and dy is not None
+        and kernels.usual(x, channels, weight, bias, dy, out, ())
+    ):
+        gradient = dy
+        dx = memory = np.empty(x.shape, x.dtype) if out is None else out
+    else:
+        gradient = like("dy", dy, x, layout)
+        memory, dx = output("out", out, x, layout)
+        reads = {"dy": dy, "x": x, "weight": weight, "bias": bias, "y": saved.y}
+        checks.overlap("out", out, reads, same_as=("dy",))
+        if saved.residual:
+            residual_memory, dresidual = output("out_residual", out_residual, x, layout)
+            checks.overlap("out_residual", out_residual, {**reads, "out": dx}, same_as=("dy",))
+            if saved.slope == 1:  # no activation: dy itself passes on (and dx may be written over it)
+                np.copyto(residual_memory, gradient)
+        elif out_residual is not None:
+            raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
+    dweight = np.empty(channels, checks.parameters_like(x) if weight is None else weight.dtype)
+    dbias = np.empty(channels, checks.parameters_like(x) if bias is None else bias.dtype)
     if x.size:
         kernels.backward(
             gradient, x, memory, layout.outer, channels, layout.inner,
-            saved.mean, saved.var, weight, saved.eps, dweight, dbias, saved.batch, threads,
+            saved.mean, saved.var, weight, bias, saved.eps, dweight, dbias, saved.batch,
+            saved.y, residual_memory, saved.slope, threads,
         )  # fmt: skip
     else:
         dweight[...] = dbias[...] = 0
-    return finish(memory, dx, layout), None if weight is None else dweight, None if bias is None else dbias
+    dx = dx if memory is dx else finish(memory, dx, layout)
+    gradients = dx, None if weight is None else dweight, None if bias is None else dbias
+    if residual_memory is None or dresidual is None:
+        return gradients
+    return *gradients, finish(residual_memory, dresidual, layout)
 
 
 def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments:
@@ -255,7 +328,7 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 2 to 5 axes
+    x : ndarray of float16, bfloat16, float32 or float64, 2 to 5 axes
     axis : int
         The channel axis.
     num_threads : int, optional
@@ -280,45 +353,70 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
     return Moments(layout.values, mean, m2)
 
 
+def _running(mean: Any, var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:
+    """The running statistics, checked."""
+    if backends.kernels().usual_statistics(mean, var, channels):
+        return mean, var
+    return checks.running(mean, var, channels, update=update)
+
+
 def _forward(
-    given: Any, x: Array, layout: Layout, weight: Any, bias: Any, eps: float, out: Array | None,
-    num_threads: int | None, *, same_as: str | None = None, apart: tuple[Any, ...] = (),
+    given: Any, x: Array, layout: Layout, weight: Any, bias: Any, eps: float, slope: float, residual: Any,
+    out: Array | None, num_threads: int | None, *, keep: bool = True, apart: tuple[Any, ...] = (),
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by the batch's statistics. `given`: x as the caller gave it; `apart`: more that `out` must not overlap."""
     outer, channels, inner = layout[:3]
     if outer * inner == 1 and channels:
         checks.enough_values(1, layout.from_memory(x).shape)
-    w, b = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)
-    memory, y = output("out", out, x, layout)
-    if out is not None:
-        others = {"x": given, "weight": weight, "bias": bias}
-        others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
-        checks.overlap("out", out, others, same_as=same_as)
     kernels, threads = backends.serving(num_threads)
+    if given is x and kernels.usual(x, channels, weight, bias, residual, out, apart):
+        y = memory = np.empty(x.shape, x.dtype) if out is None else out
+    else:
+        others = {"x": given, "residual": residual, "weight": weight, "bias": bias}
+        others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
+        weight, bias = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
+        residual = None if residual is None else like("residual", residual, x, layout)
+        memory, y = output("out", out, x, layout)
+        checks.overlap("out", out, others, same_as=("residual",) if keep else ("x", "residual"))
     mean, var = np.empty(channels), np.empty(channels)
     if x.size:
-        kernels.forward(x, memory, outer, channels, inner, w, b, eps, mean, var, threads)
+        kernels.forward(x, memory, outer, channels, inner, weight, bias, eps, mean, var, residual, slope, threads)
     else:
         mean[...] = var[...] = 0
-    return finish(memory, y, layout), Saved(x, layout, mean, var, w, b, eps, True)
+    return _done(x, layout, mean, var, weight, bias, eps, True, slope, residual, memory, y)
 
 
 def _normalize(
-    given: Any, x: Array, layout: Layout, mean: Array, var: Array, weight: Any, bias: Any, eps: float,
-    out: Array | None, num_threads: int | None, *, same_as: str | None = None,
+    given: Any, x: Array, layout: Layout, mean: Array, var: Array, weight: Any, bias: Any, eps: float, slope: float,
+    residual: Any, out: Array | None, num_threads: int | None, *, keep: bool = True,
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by given statistics."""
     outer, channels, inner = layout[:3]
-    others = {"x": given, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    weight = checks.parameter("weight", weight, channels)
-    bias = checks.parameter("bias", bias, channels)
     eps = checks.eps(eps)
-    memory, y = output("out", out, x, layout)
-    if out is not None:
-        checks.overlap("out", out, others, same_as=same_as)
     kernels, threads = backends.serving(num_threads)
-    mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
+    if given is x and kernels.usual(x, channels, weight, bias, residual, out, (mean, var)):
+        y = memory = np.empty(x.shape, x.dtype) if out is None else out
+    else:
+        others = {
+            "x": given, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var,
+        }  # fmt: skip
+        weight, bias = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
+        residual = None if residual is None else like("residual", residual, x, layout)
+        memory, y = output("out", out, x, layout)
+        checks.overlap("out", out, others, same_as=("residual",) if keep else ("x", "residual"))
+    if not (mean.flags.c_contiguous and var.flags.c_contiguous):
+        mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if x.size:
-        kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, threads)
-    return finish(memory, y, layout), Saved(x, layout, mean, var, weight, bias, eps, False)
+        kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
+    return _done(x, layout, mean, var, weight, bias, eps, False, slope, residual, memory, y)
+
+
+def _done(
+    x: Array, layout: Layout, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    batch: bool, slope: float, residual: Array | None, memory: Array, y: Array,
+) -> tuple[Array, Saved]:  # fmt: skip
+    """The result, and what a backward pass needs: y among it only where it alone knows what the activation cut."""
+    kept = memory if residual is not None and slope != 1 else None
+    saved = Saved(x, layout, mean, var, weight, bias, eps, batch, slope, residual is not None, kept)
+    return y if memory is y else finish(memory, y, layout), saved

@@ -28,12 +28,16 @@ class BatchNorm:
         The weight of the new batch in the running statistics.
     affine : bool
         Whether there are a weight and a bias.
+    activation : {None, "relu", "leaky_relu"}
+        Applied to the result, in the same pass over memory.
+    negative_slope : float of at least 0
+        leaky_relu's slope under 0.
     track_running_stats : bool
         Whether there are running statistics; without them the batch's own serve in eval mode too.
     axis : int
         The channel axis: 1 for NC and NCHW, -1 for channels-last.
     dtype : {float32, float64}
-        Of the parameters and the running statistics. Data of either type is accepted.
+        Of the parameters and the running statistics. Data may be float16, bfloat16, float32 or float64.
 
     Attributes
     ----------
@@ -42,6 +46,8 @@ class BatchNorm:
     num_batches_tracked : int or None
     grad_weight, grad_bias : ndarray, shape (num_features,), or None
         Of the last `backward`.
+    grad_residual : ndarray of x's shape, or None
+        Of the last `backward`, where the forward pass had a residual.
     training : bool
 
     References
@@ -64,12 +70,16 @@ class BatchNorm:
         affine: bool = True,
         track_running_stats: bool = True,
         axis: int = 1,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
         dtype: Any = np.float32,
     ) -> None:
         self.num_features = checks.positive("num_features", num_features)
         self.eps = checks.eps(eps)
         self.momentum = checks.momentum(momentum)
         self.axis = checks.integer("axis", axis)
+        checks.activation(activation, negative_slope)
+        self.activation, self.negative_slope = activation, negative_slope
         self.dtype = checks.parameter_dtype(dtype)
         checks.flag("affine", affine)
         checks.flag("track_running_stats", track_running_stats)
@@ -81,9 +91,10 @@ class BatchNorm:
         self.num_batches_tracked = 0 if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
+        self.grad_residual: Array | None = None
         self._saved: Saved | None = None
 
-    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Any, residual: Any = None, *, out: Array | None = None) -> Array:
         """y, of x's shape, dtype and memory order.
 
         In training: by the batch's statistics, which also update the running ones; `backward` may follow. In eval
@@ -91,9 +102,11 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : ndarray of float32 or float64, 2 to 5 axes, num_features long along `axis`
+        x : ndarray of float16, bfloat16, float32 or float64, 2 to 5 axes, num_features long along `axis`
+        residual : ndarray of x's shape and dtype, optional
+            Added before the activation.
         out : ndarray, optional
-            Where to write; in training it must not share memory with x.
+            Where to write; may be residual itself; in training it must not share memory with x.
 
         Raises
         ------
@@ -104,26 +117,30 @@ class BatchNorm:
         if not self.training:
             y = batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,
-                training=self.running_mean is None, eps=self.eps, axis=self.axis, out=out,
+                training=self.running_mean is None, eps=self.eps, axis=self.axis, activation=self.activation,
+                negative_slope=self.negative_slope, residual=residual, out=out,
             )  # fmt: skip
             self._saved = None
             return y
         y, self._saved = train_forward(
             x, self.running_mean, self.running_var, self.weight, self.bias,
-            momentum=self.momentum, eps=self.eps, axis=self.axis, out=out,
+            momentum=self.momentum, eps=self.eps, axis=self.axis, activation=self.activation,
+            negative_slope=self.negative_slope, residual=residual, out=out,
         )  # fmt: skip
         if self.num_batches_tracked is not None and self._saved.layout.values:
             self.num_batches_tracked += 1
         return y
 
-    def backward(self, dy: Any, *, out: Array | None = None) -> Array:
-        """dx, leaving `grad_weight` and `grad_bias`.
+    def backward(self, dy: Any, *, out: Array | None = None, out_residual: Array | None = None) -> Array:
+        """dx, leaving `grad_weight`, `grad_bias` and, if there was a residual, `grad_residual`.
 
         Parameters
         ----------
         dy : ndarray of y's shape and dtype
         out : ndarray, optional
             Where to write dx; may be dy itself.
+        out_residual : ndarray, optional
+            Where to write the residual's gradient; may be dy itself, but not out's memory.
 
         Raises
         ------
@@ -135,7 +152,11 @@ class BatchNorm:
                 "backward has nothing to go back over: the last call must be one in training mode "
                 "(eval mode keeps nothing; batch_norm_eval_forward does)"
             )
-        dx, self.grad_weight, self.grad_bias = batch_norm_backward(dy, self._saved, out=out)
+        dx, self.grad_weight, self.grad_bias, *rest = batch_norm_backward(
+            dy, self._saved, out=out, out_residual=out_residual
+        )
+        self.grad_residual = rest[0] if rest else None
+        assert dx is not None
         return dx
 
     def train(self, mode: bool = True) -> Self:
@@ -183,5 +204,6 @@ class BatchNorm:
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.weight is not None}, track_running_stats={self.running_mean is not None}, "
-            f"axis={self.axis}, dtype={self.dtype})"
+            f"axis={self.axis}, activation={self.activation!r}, negative_slope={self.negative_slope}, "
+            f"dtype={self.dtype})"
         )

@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple
 
 import hypothesis
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -26,16 +27,22 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fastbn")
 
+F16, BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-DTYPES = [F32, F64]
+WIDE = [F32, F64]  # of data, parameters and statistics
+HALF = [F16, BF16]  # of data alone
+DTYPES = [*WIDE, *HALF]
 
 # Errors allowed, in units in the last place of the data's dtype, of a scale that each check names: the size of the
 # largest term that is rounded on the way. float64 has the larger numbers: there the mean has no low
-# part, and the oracle rounds as much as what it is held against.
+# part, and the oracle rounds as much as what it is held against. Half data is computed on in float32, whose units are
+# 2⁻¹³ of float16's and 2⁻¹⁶ of bfloat16's, and rounded once: half a unit, and a hundredth for float32's errors. dx has
+# another half where a residual's gradient, itself of the data's type, is what it is computed from. Statistics and
+# parameters' gradients are not rounded to half: their units are float32's.
 ULPS = {
-    #          float32  float64
-    "y":       {F32: 4, F64: 12},
-    "dx":      {F32: 6, F64: 12},
+    #          float32  float64  float16  bfloat16
+    "y":       {F32: 4, F64: 12, F16: 0.51, BF16: 0.51},
+    "dx":      {F32: 6, F64: 12, F16: 1, BF16: 1},
     "mean":    {F32: 4, F64: 12},  # of the standard deviation
     "var":     {F32: 10, F64: 12},
     "dweight": {F32: 8, F64: 8},
@@ -95,12 +102,35 @@ def compiled(request, settings, monkeypatch):
     return module
 
 
+@pytest.fixture(params=BACKENDS[:-1])
+def native(request, settings, monkeypatch):
+    """The same, over all but the reference, which works in float64 and in new arrays."""
+    module = load_kernels(request.param)
+    monkeypatch.setattr(backends, "_backend", module)
+    return module
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     return request.param
 
 
+@pytest.fixture(params=HALF, ids=str)
+def half(request):
+    return request.param
+
+
 # ---- data ----
+
+
+def computed(dtype):
+    """What is computed in for data of `dtype`, and what its parameters have by default."""
+    return F64 if dtype == F64 else F32
+
+
+def unit(dtype):
+    """From 1 to the next number."""
+    return float(ml_dtypes.finfo(dtype).eps)
 
 
 class Case(NamedTuple):
@@ -243,31 +273,40 @@ def wide(p):
     return None if p is None else np.asarray(p, F64)
 
 
-def oracle_forward(x, weight, bias, axis, eps=1e-5):
+def oracle_forward(x, weight, bias, axis, eps=1e-5, *, residual=None, slope=1.0):
     """y, mean and var in float64."""
     flat = canonical(x, axis)
     y, channels = np.empty_like(flat), flat.shape[1]
     mean, var = np.empty(channels), np.empty(channels)
-    reference.forward(flat, y, *flat.shape, wide(weight), wide(bias), eps, mean, var, 1)
+    added = None if residual is None else canonical(residual, axis)
+    reference.forward(flat, y, *flat.shape, wide(weight), wide(bias), eps, mean, var, added, slope, 1)
     return restore(y, x, axis), mean, var
 
 
-def oracle_normalize(x, mean, var, weight, bias, axis, eps=1e-5):
+def oracle_normalize(x, mean, var, weight, bias, axis, eps=1e-5, *, residual=None, slope=1.0):
     flat = canonical(x, axis)
     y = np.empty_like(flat)
-    reference.normalize(flat, y, *flat.shape, wide(mean), wide(var), wide(weight), wide(bias), eps, 1)
+    added = None if residual is None else canonical(residual, axis)
+    reference.normalize(
+        flat, y, *flat.shape, wide(mean), wide(var), wide(weight), wide(bias), eps, added, slope, 1
+    )  # fmt: skip
     return restore(y, x, axis)
 
 
-def oracle_backward(dy, x, mean, var, weight, axis, batch, eps=1e-5):
-    """dx, dweight and dbias in float64."""
+def oracle_backward(dy, x, mean, var, weight, axis, batch, eps=1e-5, *, y=None, slope=1.0):
+    """dx, dweight, dbias and dresidual in float64. y: what the forward pass gave, if its activation had this slope.
+
+    The oracle sees from y what was cut, as a z of its own may have another sign where it is near 0.
+    """
     flat, flat_dy = canonical(x, axis), canonical(dy, axis)
-    dx, channels = np.empty_like(flat), flat.shape[1]
+    dx, channels, dresidual = np.empty_like(flat), flat.shape[1], flat_dy.copy()
     dweight, dbias = np.empty(channels), np.empty(channels)
+    seen, cut = (None, None) if slope == 1 else (canonical(y, axis), dresidual)
     reference.backward(
-        flat_dy, flat, dx, *flat.shape, wide(mean), wide(var), wide(weight), eps, dweight, dbias, batch, 1
-    )
-    return restore(dx, x, axis), dweight, dbias
+        flat_dy, flat, dx, *flat.shape, wide(mean), wide(var), wide(weight), None, eps, dweight, dbias, batch,
+        seen, cut, slope, 1,
+    )  # fmt: skip
+    return restore(dx, x, axis), dweight, dbias, restore(dresidual, x, axis)
 
 
 # ---- checks ----
@@ -275,8 +314,11 @@ def oracle_backward(dy, x, mean, var, weight, axis, batch, eps=1e-5):
 
 def close(name, got, want, scale, dtype):
     """Within ULPS[name] units in the last place of `scale`, for data of `dtype`; `got` may be narrower."""
-    unit = ULPS[name][dtype] * np.finfo(dtype).eps + (np.finfo(got.dtype).eps if got.dtype != dtype else 0)
-    error = np.abs(got - want) / np.maximum(unit * scale, np.finfo(F64).tiny)
+    error_unit = ULPS[name][dtype] * unit(dtype) + (unit(got.dtype) if got.dtype != dtype else 0)
+    allowed = np.maximum(error_unit * scale, np.finfo(F64).tiny)
+    if got.dtype in HALF:  # float16's smallest numbers are not that small
+        allowed += float(ml_dtypes.finfo(got.dtype).smallest_subnormal) / 2
+    error = np.abs(got - want) / allowed
     worst = error.max(initial=0)
     assert worst <= 1, f"{name}: the error is {worst:.3g} times what is allowed"
 
@@ -289,25 +331,29 @@ def close_y(y, want, weight, bias, axis):
 
 
 def close_statistics(mean, var, want_mean, want_var, dtype):
-    close("mean", mean, want_mean, np.sqrt(want_var), dtype)
-    close("var", var, want_var, want_var, dtype)
+    close("mean", mean, want_mean, np.sqrt(want_var), computed(dtype))
+    close("var", var, want_var, want_var, computed(dtype))
 
 
-def close_gradients(got, want, dy, x, mean, var, weight, axis, batch, eps=1e-5):
-    """Gradients of x, weight and bias. Scale: the sum of the sizes of each one's terms."""
+def close_gradients(got, want, dy, x, mean, var, weight, axis, batch, eps=1e-5, *, cut=False):
+    """Gradients of x, weight and bias. Scale: the sum of the sizes of each one's terms.
+
+    cut: dy is what an activation left. If that is little, it may lie where x̂ is near 0 (see close_y); and half data's
+    smallest numbers are rounded twice.
+    """
     axis %= x.ndim
     sigma = np.sqrt(wide(var) + eps)
     slope = np.abs(1 if weight is None else wide(weight)) / sigma
-    size, xhat = np.abs(wide(dy)), np.abs(x - column(mean, x.ndim, axis)) / column(sigma, x.ndim, axis)
+    size, xhat = np.abs(wide(dy)), np.abs(wide(x) - column(mean, x.ndim, axis)) / column(sigma, x.ndim, axis)
     others = tuple(i for i in range(x.ndim) if i != axis)
-    terms = size
+    terms = np.maximum(size, float(ml_dtypes.finfo(x.dtype).smallest_normal)) if cut and x.dtype in HALF else size
     if batch:
         terms = size + size.mean(others, keepdims=True) + xhat * (size * xhat).mean(others, keepdims=True)
     close("dx", got[0], want[0], terms * column(slope, x.ndim, axis), x.dtype)
     if got[1] is not None:
-        close("dweight", got[1], want[1], (size * xhat).sum(others), x.dtype)
+        close("dweight", got[1], want[1], (size * (xhat + cut)).sum(others), computed(x.dtype))
     if got[2] is not None:
-        close("dbias", got[2], want[2], size.sum(others), x.dtype)
+        close("dbias", got[2], want[2], size.sum(others), computed(x.dtype))
 
 
 def same_bits(a, b):

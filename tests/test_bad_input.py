@@ -33,16 +33,15 @@ BAD_X = {
     "rank 1": Bad({"x": np.ones(3)}, ValueError, "x has shape (3,), and must have 2 to 5 axes"),
     "rank 0": Bad({"x": np.float32(1)}, ValueError, "x has shape (), and must have 2 to 5 axes"),
     "rank 6": Bad({"x": np.ones((1, 3, 1, 1, 1, 2))}, ValueError, "x has shape (1, 3, 1, 1, 1, 2), and must have 2 to 5 axes"),
-    "int64": Bad({"x": np.ones((4, 3), int)}, TypeError, "x has dtype int64, and must be float32 or float64"),
-    "bool": Bad({"x": np.ones((4, 3), bool)}, TypeError, "x has dtype bool, and must be float32 or float64"),
-    "uint8": Bad({"x": np.ones((4, 3), np.uint8)}, TypeError, "x has dtype uint8, and must be float32 or float64"),
-    "complex64": Bad({"x": np.ones((4, 3), np.complex64)}, TypeError, "x has dtype complex64, and must be float32 or float64"),
-    "float16": Bad({"x": np.ones((4, 3), np.float16)}, TypeError, "x has dtype float16, and must be float32 or float64"),
-    "object": Bad({"x": np.ones((4, 3), object)}, TypeError, "x has dtype object, and must be float32 or float64"),
-    "None": Bad({"x": None}, TypeError, "x is a NoneType, and must be an array of float32 or float64"),
-    "strings": Bad({"x": [["a", "b"]]}, TypeError, "x has dtype <U1, and must be float32 or float64"),
-    "structured": Bad({"x": np.zeros((4, 3), "f4,f4")}, TypeError, "x has dtype … must be float32 or float64"),
-    "integers in a list": Bad({"x": [[1, 2], [3, 4]]}, TypeError, "x has dtype int64, and must be float32 or float64"),
+    "int64": Bad({"x": np.ones((4, 3), int)}, TypeError, "x has dtype int64, and must be float16, bfloat16, float32 or float64"),
+    "bool": Bad({"x": np.ones((4, 3), bool)}, TypeError, "x has dtype bool, and must be float16, bfloat16, float32 or float64"),
+    "uint8": Bad({"x": np.ones((4, 3), np.uint8)}, TypeError, "x has dtype uint8, and must be float16, bfloat16, float32 or float64"),
+    "complex64": Bad({"x": np.ones((4, 3), np.complex64)}, TypeError, "x has dtype complex64, and must be float16, bfloat16, float32 or float64"),
+    "object": Bad({"x": np.ones((4, 3), object)}, TypeError, "x has dtype object, and must be float16, bfloat16, float32 or float64"),
+    "None": Bad({"x": None}, TypeError, "x is a NoneType, and must be an array of float16, bfloat16, float32 or float64"),
+    "strings": Bad({"x": [["a", "b"]]}, TypeError, "x has dtype <U1, and must be float16, bfloat16, float32 or float64"),
+    "structured": Bad({"x": np.zeros((4, 3), "f4,f4")}, TypeError, "x has dtype … must be float16, bfloat16, float32 or float64"),
+    "integers in a list": Bad({"x": [[1, 2], [3, 4]]}, TypeError, "x has dtype int64, and must be float16, bfloat16, float32 or float64"),
     "byte order": Bad({"x": X.astype(X.dtype.newbyteorder())}, TypeError, "x has dtype … byte order"),
     "masked": Bad({"x": np.ma.masked_less(X, 0)}, TypeError, "x is a masked array … .filled("),
     "matrix": Bad({"x": np.ones((4, 3)).view(np.matrix)}, TypeError, "x is a numpy.matrix, and must be an ndarray"),
@@ -243,8 +242,8 @@ BAD_BACKWARD = {
     "order of axes": Bad({"dy": X.transpose(0, 2, 1)}, ValueError, "dy has shape (4, 5, 3), and must have x's shape (4, 3, 5)"),
     "broadcast": Bad({"dy": np.float32(1)}, ValueError, "dy has shape (), and must have x's shape (4, 3, 5)"),
     "dtype": Bad({"dy": X.astype("f8")}, TypeError, "dy has dtype float64, and must have x's dtype float32"),
-    "int": Bad({"dy": X.astype(int)}, TypeError, "dy has dtype int64, and must be float32 or float64"),
-    "None": Bad({"dy": None}, TypeError, "dy is a NoneType, and must be an array of float32 or float64"),
+    "int": Bad({"dy": X.astype(int)}, TypeError, "dy has dtype int64, and must be float16, bfloat16, float32 or float64"),
+    "None": Bad({"dy": None}, TypeError, "dy is a NoneType, and must be an array of float16, bfloat16, float32 or float64"),
     "no saved": Bad({"saved": None}, TypeError, "saved is a NoneType, and must be what batch_norm_forward"),
     "saved is y": Bad({"saved": X}, TypeError, "saved is a ndarray, and must be what … batch_norm keeps nothing for a backward pass"),
     "out shape": Bad({"out": np.zeros((4, 3, 6), "f4")}, ValueError, "out has shape (4, 3, 6), and must have x's shape (4, 3, 5)"),
@@ -293,7 +292,7 @@ ANYTHING = st.one_of(
     ),
     st.tuples(
         st.lists(st.integers(0, 4), max_size=6).map(tuple),
-        st.sampled_from(["f2", "f4", "f8", ">f4", "i4", "u1", "?", "c8", "O", "U2", "M8[s]", "f4,i4", "V3"]),
+        st.sampled_from(["f2", "f4", "f8", ">f2", ">f4", "i4", "u1", "?", "c8", "O", "U2", "M8[s]", "f4,i4", "V3"]),
     ).map(lambda made: np.zeros(*made)),
 )
 
@@ -301,7 +300,8 @@ ANYTHING = st.one_of(
 @given(
     call=st.sampled_from(sorted(CALLS)),
     arguments=st.dictionaries(
-        st.sampled_from(["x", "running_mean", "running_var", "weight", "bias", "axis", "eps", "momentum", "out", "num_threads"]),
+        st.sampled_from(["x", "running_mean", "running_var", "weight", "bias", "axis", "eps", "momentum", "out", "num_threads",
+                         "residual", "activation", "negative_slope"]),
         ANYTHING,
         min_size=1,
         max_size=3,
@@ -325,12 +325,14 @@ def test_only_type_and_value_errors(call, arguments):
 
 @given(dy=ANYTHING, out=ANYTHING)
 def test_backward_only_type_and_value_errors(dy, out):
-    _, saved = fastbn.batch_norm_forward(X)
+    _, saved = fastbn.batch_norm_forward(X, residual=X, activation="relu")
     with pytest.raises((TypeError, ValueError)):
         fastbn.batch_norm_backward(dy, saved)
     if out is not None:
         with pytest.raises((TypeError, ValueError)):
             fastbn.batch_norm_backward(X, saved, out=out)
+        with pytest.raises((TypeError, ValueError)):
+            fastbn.batch_norm_backward(X, saved, out_residual=out)
 
 
 @pytest.mark.parametrize("call", [fastbn.moments, fastbn.batch_norm_forward, fastbn.BatchNorm(2)], ids=str)

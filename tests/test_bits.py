@@ -5,9 +5,18 @@ import json
 import numpy as np
 import pytest
 from conftest import (
+    BF16,
     COPIES,
+    DTYPES,
+    F16,
+    F32,
     INSTRUCTION_SETS,
+    close_gradients,
+    close_y,
     load_kernels,
+    oracle_backward,
+    oracle_forward,
+    oracle_normalize,
     parameters,
     run_python,
     runnable_sets,
@@ -45,35 +54,54 @@ def make(grid, dtype):
     return x, dy, *parameters(channels, np.float32)
 
 
-def everything(x, dy, weight, bias, mean, var, **settings):
-    """Every operation's every result, as bytes."""
-    y, saved = fastbn.batch_norm_forward(x, weight, bias, **settings)
-    e, fixed = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, **settings)
+# What is fused: the kernels' five ways to take a z.
+ACTIVATIONS = {
+    "plain": {},
+    "relu": {"activation": "relu"},
+    "leaky": {"activation": "leaky_relu"},
+    "added": {"residual": True},
+    "added relu": {"residual": True, "activation": "relu"},
+    "added leaky": {"residual": True, "activation": "leaky_relu"},
+}
+
+
+def everything(x, dy, weight, bias, mean, var, *, fused={}, **settings):  # noqa: B006 - is not changed
+    """Every operation's every result, as bytes. A residual is x backwards."""
+    fused = fused | ({"residual": np.flip(x).copy()} if "residual" in fused else {})
+    y, saved = fastbn.batch_norm_forward(x, weight, bias, **fused, **settings)
+    e, fixed = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, **fused, **settings)
     m = fastbn.moments(x, **settings)
     backward, fixed_backward = (fastbn.batch_norm_backward(dy, s, **settings) for s in (saved, fixed))
     results = [y, saved.mean, saved.var, e, m.mean, m.m2, *backward, *fixed_backward]
     return [np.ascontiguousarray(result).tobytes() for result in results]
 
 
-def test_threads_and_instruction_sets(monkeypatch, dtype, grid):
-    data = make(grid, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [(d, a) for d in DTYPES for a in ACTIVATIONS if d in (F32, F16) or a in ("plain", "added leaky")],
+    ids=str,
+)
+def test_threads_and_instruction_sets(monkeypatch, dtype, grid, fused):
+    data, plain, fused = make(grid, dtype), fused == "plain", ACTIVATIONS[fused]
     want = None
     for isa in runnable_sets():
         monkeypatch.setattr(backends, "_backend", backends._load_instruction_set(isa))
-        for threads in (1, 2, 3, 8):
-            got = everything(*data, num_threads=threads)
+        for threads in (1, 2, 3, 8) if plain else (1, 3):
+            got = everything(*data, num_threads=threads, fused=fused)
             want = want or got
             assert got == want, f"{isa}, {threads} threads"
     if want is None:
         pytest.skip("no compiled kernels here")
 
 
-def test_numba_threads(monkeypatch, grid):
+@pytest.mark.parametrize("fused", ["plain", "relu", "added leaky"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_numba_threads(monkeypatch, grid, dtype, fused):
     monkeypatch.setattr(backends, "_backend", load_kernels("numba"))
-    data = make(grid, np.float32)
-    want = everything(*data, num_threads=1)
+    data, fused = make(grid, dtype), ACTIVATIONS[fused]
+    want = everything(*data, num_threads=1, fused=fused)
     for threads in (2, 3, 8):
-        assert everything(*data, num_threads=threads) == want, f"{threads} threads"
+        assert everything(*data, num_threads=threads, fused=fused) == want, f"{threads} threads"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
@@ -85,25 +113,28 @@ def test_fused_is_unfused(compiled, dtype, grid, threads):
     y, dx = np.empty_like(x), np.empty_like(x)
     compiled.moments(x, *grid, mean, m2, threads)
     var = m2 / (outer * inner)
-    compiled.normalize(x, y, *grid, mean, var, weight, bias, 1e-5, threads)
+    compiled.normalize(x, y, *grid, mean, var, weight, bias, 1e-5, None, 1.0, threads)
     compiled.gradient_moments(dy, x, *grid, mean, sum_dy, sum_dy_xmu, threads)
     compiled.input_gradient(dy, x, dx, *grid, mean, var, weight, 1e-5, sum_dy, sum_dy_xmu, threads)
 
     fused, fused_mean, fused_var = np.empty_like(x), np.empty(channels), np.empty(channels)
-    compiled.forward(x, fused, *grid, weight, bias, 1e-5, fused_mean, fused_var, threads)
+    compiled.forward(x, fused, *grid, weight, bias, 1e-5, fused_mean, fused_var, None, 1.0, threads)
     same_bits(fused_mean, mean)
     same_bits(fused_var, var)
     same_bits(fused, y)
     grad_weight, grad_bias = np.empty(channels), np.empty(channels)
-    compiled.backward(dy, x, fused, *grid, mean, var, weight, 1e-5, grad_weight, grad_bias, True, threads)
+    compiled.backward(
+        dy, x, fused, *grid, mean, var, weight, bias, 1e-5, grad_weight, grad_bias, True, None, None, 1.0, threads
+    )  # fmt: skip
     same_bits(fused, dx)
     same_bits(grad_bias, sum_dy)
     same_bits(grad_weight, sum_dy_xmu * (1 / np.sqrt(var + 1e-5)))
 
 
 def test_repeated_calls(kernels, dtype, grid):
-    data = make(grid, dtype)
+    data, fused = make(grid, dtype), ACTIVATIONS["added leaky"]
     assert everything(*data) == everything(*data)
+    assert everything(*data, fused=fused) == everything(*data, fused=fused)
 
 
 @pytest.mark.parametrize("memory", COPIES)
@@ -126,14 +157,41 @@ def test_out_or_not(compiled, dtype, grid):
     same_bits(fastbn.batch_norm(x, None, None, weight, bias, training=True, out=x), y)
 
 
+@pytest.mark.parametrize("shape", [(9, 512, 1), (40, 1024, 1), (9, 128, 16), (9, 16, 256), (2, 3, 1024)], ids=str)
+def test_alignment(native, dtype, shape):
+    """Rows, planes and tiles that all begin at one alignment, whichever it is: right, and nothing beside is touched."""
+    x, dy, weight, bias, mean, var = make(shape, dtype)
+    want, fixed = oracle_forward(x, weight, bias, 1), oracle_normalize(x, mean, var, weight, bias, 1)
+    _, saved = fastbn.batch_norm_forward(x, weight, bias)
+    want_dx = oracle_backward(dy, x, *want[1:], weight, 1, True)
+    seen = {}
+    for shift in (0, 1, 2, 3, 4, 5, 8, 15, 16, 31):  # elements after a cache line's beginning
+        memory = np.full(x.size + 256, 7, dtype)
+        begin = -memory.ctypes.data % 64 // memory.itemsize + shift + 32
+        out = memory[begin : begin + x.size].reshape(x.shape)
+        for name, call in (
+            ("forward", lambda out=out: fastbn.batch_norm_forward(x, weight, bias, out=out)),
+            ("eval", lambda out=out: fastbn.batch_norm(x, mean, var, weight, bias, out=out)),
+            ("backward", lambda out=out: fastbn.batch_norm_backward(dy, saved, out=out)),
+        ):
+            out.fill(np.nan)
+            call()
+            same_bits(out, seen.setdefault(name, out.copy()))
+            if shift == 0 and name == "backward":
+                close_gradients((out, None, None), want_dx, dy, x, *want[1:], weight, 1, True)
+            elif shift == 0:
+                close_y(out, want[0] if name == "forward" else fixed, weight, bias, 1)
+        assert (memory[:begin] == 7).all() and (memory[begin + x.size :] == 7).all()
+
+
 HASHES = """
 import hashlib, json, os
-import numpy as np, fastbn
+import ml_dtypes, numpy as np, fastbn
 from fastbn import backends
 rng = np.random.default_rng(1)
 found = {}
-for dtype in (np.float32, np.float64):
-    x, dy = rng.standard_normal((2, 8, 24, 40, 41)).astype(dtype)
+for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
+    x, dy = rng.standard_normal((2, 4, 24, 40, 41)).astype(dtype)
     weight, bias = rng.standard_normal((2, 24)).astype(np.float32)
     mean, var = rng.uniform(0.5, 2, (2, 24))
     for axis in (1, -1):
@@ -141,6 +199,10 @@ for dtype in (np.float32, np.float64):
         y, saved = fastbn.batch_norm_forward(view(x), weight, bias, axis=axis)
         results = [y, *fastbn.batch_norm_backward(view(dy), saved)]
         y, saved = fastbn.batch_norm_eval_forward(view(x), mean, var, weight, bias, axis=axis)
+        results += [y, *fastbn.batch_norm_backward(view(dy), saved)]
+        y, saved = fastbn.batch_norm_forward(
+            view(x), weight, bias, axis=axis, residual=view(dy), activation="leaky_relu"
+        )
         results += [y, *fastbn.batch_norm_backward(view(dy), saved)]
         found[f"{axis} {np.dtype(dtype)}"] = [hashlib.sha256(r.tobytes()).hexdigest() for r in results]
 print(json.dumps([backends.config()["instruction set"], backends.num_threads(), found]))
@@ -164,26 +226,30 @@ def test_environment():
 
 @pytest.mark.parametrize("caches", [(1, 1), (1, 1 << 40), (1 << 40, 1), (1 << 16, 1 << 40)], ids=str)
 @pytest.mark.parametrize("shape", [(700, 96, 1), (70, 5, 49), (9, 3, 1201), (2, 2, 20011)], ids=str)
-def test_caches(compiled, caches, shape):
+@pytest.mark.parametrize("fused", ["plain", "relu", "added leaky"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_caches(compiled, dtype, caches, shape, fused):
     """Fused or split, streamed or not, in tiles of any width, from any alignment: the same bits."""
-    x, dy = (sample(shape, np.float32, seed=seed) for seed in (0, 1))
+    x, dy, residual = (sample(shape, dtype, seed=seed) for seed in (0, 1, 2))
     weight, bias, _, _ = parameters(shape[1], np.float32)
+    fused = ACTIVATIONS[fused]
+    fused = fused | ({"residual": residual} if "residual" in fused else {})
     before = compiled.caches()
 
     def results(shift):
-        out = np.empty(x.size + shift, np.float32)[shift:].reshape(shape)
-        y, saved = fastbn.batch_norm_forward(x, weight, bias, out=out)
-        y = y.copy()
-        dx, *gradients = fastbn.batch_norm_backward(dy, saved, out=out)
-        dx = dx.copy()
-        fixed = fastbn.batch_norm_eval_forward(x, saved.mean, saved.var, weight, bias)
-        return [y, saved.mean, saved.var, dx, *gradients, fixed[0], *fastbn.batch_norm_backward(dy, fixed[1], out=out)]
+        out, cut = (np.empty(x.size + shift, dtype)[shift:].reshape(shape) for _ in range(2))
+        to = {"out": out} | ({"out_residual": cut} if "residual" in fused else {})
+        kept = np.empty(x.size + shift, dtype)[shift:].reshape(shape)
+        y, saved = fastbn.batch_norm_forward(x, weight, bias, out=kept, **fused)
+        gradients = [g.copy() for g in fastbn.batch_norm_backward(dy, saved, **to)]
+        e, fixed = fastbn.batch_norm_eval_forward(x, saved.mean, saved.var, weight, bias, **fused)
+        return [y, saved.mean, saved.var, *gradients, e, *fastbn.batch_norm_backward(dy, fixed, **to)]
 
     want = results(0)
     try:
         compiled.set_caches(*caches)
         for shift in (0, 1, 4, 7):
             for got, expected in zip(results(shift), want, strict=True):
-                np.testing.assert_array_equal(got, expected)
+                same_bits(got, expected)
     finally:
         compiled.set_caches(*before)

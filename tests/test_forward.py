@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 from conftest import (
-    DTYPES,
+    WIDE,
     close_statistics,
     close_y,
     oracle_forward,
@@ -27,7 +27,7 @@ def test_shapes(kernels, dtype, case):
     close_y(y, want, weight, bias, case.axis)
 
 
-@pytest.mark.parametrize(("weight_dtype", "bias_dtype"), [*product([None, *DTYPES], repeat=2)], ids=str)
+@pytest.mark.parametrize(("weight_dtype", "bias_dtype"), [*product([None, *WIDE], repeat=2)], ids=str)
 @pytest.mark.parametrize(("shape", "axis"), [((5, 7, 6, 4), 1), ((9, 7), 1)])
 def test_parameters(kernels, dtype, weight_dtype, bias_dtype, shape, axis):
     x = sample(shape, dtype, axis)
@@ -58,7 +58,7 @@ def test_parameters_with_gaps(kernels, dtype):
     )
 
 
-@pytest.mark.parametrize("stats_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stats_dtype", WIDE, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 def test_running_statistics(kernels, dtype, stats_dtype, momentum):
     """Updated in place with the unbiased variance; y is batch_norm_forward's."""

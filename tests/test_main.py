@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbn import __main__, bench, demo
+from fastbn import __main__, backends, bench, demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -165,14 +165,51 @@ def test_no_command_and_no_such_command():
     assert "invalid choice: 'train'" in run("train").stderr
 
 
-def test_bench_table(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SHAPES", ((2, 8, 5, 5),))
+SMALL = (2, 8, 5, 5)
+
+
+@pytest.fixture
+def small_bench(monkeypatch):
+    monkeypatch.setattr(bench, "SHAPES", (SMALL,))
+    monkeypatch.setattr(bench, "THREADS_SHAPE", SMALL)
     monkeypatch.setattr(bench, "SECONDS", 0.01)
+
+
+def bench_rows(capsys):
     assert __main__.main(["bench"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines[2:]] == [
-        ["2×8×5×5", layout, name] for layout in ("NCHW", "NHWC") for name in ("forward", "eval", "backward")
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def table_rows(rows):
+    return [row for row in rows if row[:1] == ["2×8×5×5"] and row[2:3] != ["by"]]
+
+
+def test_bench_table(small_bench, capsys):
+    rows = table_rows(bench_rows(capsys))
+    assert [row[1:3] for row in rows] == [
+        [layout, name] for layout in ("NCHW", "NHWC") for name in ("forward", "eval", "backward")
     ]
+    for row in rows:
+        floor, own, over = map(float, row[3:6])
+        assert over == pytest.approx(own / floor, rel=0.02)
+
+
+def test_bench_by_threads(small_bench, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_threads", 3)
+    rows = [row for row in bench_rows(capsys) if row[:1] in (["forward"], ["eval"], ["backward"])]
+    assert [row[:2] for row in rows] == [[name, n] for name in ("forward", "eval", "backward") for n in ("1", "2", "3")]
+
+
+def test_bench_without_torch(small_bench, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert all(row[8:10] == ["–", "–"] for row in table_rows(bench_rows(capsys)))
+
+
+def test_bench_without_compiled_kernels(small_bench, capsys, monkeypatch):
+    """NumPy then makes the floor, and the table says so."""
+    monkeypatch.setattr(bench, "_limit", lambda: None)
+    rows = bench_rows(capsys)
+    assert "NumPy" in rows[1] and len(table_rows(rows)) == 6
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((3, 4, 5, 2), 1), ((3, 5, 2, 4), -1)])

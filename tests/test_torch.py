@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import parameters, sample
+from conftest import F16, WIDE, parameters, sample, unit
 
 import fastbn
 
@@ -34,6 +34,7 @@ def channels_first(array, axis):
     return torch.from_numpy(np.moveaxis(array, axis, 1))
 
 
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
 def test_functions(kernels, dtype, shape, axis, training):
@@ -59,6 +60,63 @@ def test_functions(kernels, dtype, shape, axis, training):
     agree(dbias, theirs[3].grad, dtype)
     agree(mean, theirs[0], dtype)  # in training, updated
     agree(var, theirs[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("slope", [0.0, 0.2], ids=["relu", "leaky_relu"])
+@pytest.mark.parametrize("added", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
+def test_activation(kernels, dtype, shape, axis, training, added, slope):
+    """torch adds the residual and applies the activation in steps of their own, and differentiates them."""
+    x, dy, residual = (sample(shape, dtype, axis, seed=seed) for seed in (0, 2, 5))
+    weight, bias, mean, var = parameters(7, dtype)
+    theirs = [torch.tensor(v) for v in (mean, var, weight, bias)]
+    x_t, r_t = (channels_first(array.copy(), axis).requires_grad_() for array in (x, residual))
+    for parameter in theirs[2:]:
+        parameter.requires_grad_()
+    z_t = torch.nn.functional.batch_norm(x_t, *theirs, training=training)
+    if added:
+        z_t = z_t + r_t
+    y_t = torch.nn.functional.leaky_relu(z_t, slope) if slope else torch.nn.functional.relu(z_t)
+    y_t.backward(channels_first(dy, axis))
+
+    settings = {"activation": "leaky_relu" if slope else "relu", "negative_slope": slope, "axis": axis}
+    settings["residual"] = residual if added else None
+    if training:
+        y, saved = fastbn.batch_norm_forward(x, weight, bias, **settings)
+    else:
+        y, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, **settings)
+    dx, dweight, dbias, *rest = fastbn.batch_norm_backward(dy, saved)
+    agree(np.moveaxis(y, axis, 1), y_t, dtype)
+    agree(np.moveaxis(dx, axis, 1), x_t.grad, dtype)
+    agree(dweight, theirs[2].grad, dtype)
+    agree(dbias, theirs[3].grad, dtype)
+    assert len(rest) == added
+    if added:
+        agree(np.moveaxis(rest[0], axis, 1), r_t.grad, dtype)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES)
+def test_half(kernels, half, shape, axis, training):
+    """torch, too, computes half data in float32 by float32 parameters: each rounds once, at most to the next number."""
+    x, dy = sample(shape, half, axis), sample(shape, half, axis, seed=2)
+    weight, bias, mean, var = parameters(7, np.float32)
+    theirs = [torch.tensor(v) for v in (mean, var, weight, bias)]
+    kind = torch.float16 if half == F16 else torch.bfloat16
+    x_t, dy_t = (channels_first(array.view(np.int16), axis).view(kind) for array in (x, dy))
+    x_t.requires_grad_()
+    y_t = torch.nn.functional.batch_norm(x_t, *theirs, training=training)
+    y_t.backward(dy_t)
+    if training:
+        y, saved = fastbn.batch_norm_forward(x, weight, bias, axis=axis)
+    else:
+        y, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, axis=axis)
+    dx, *_ = fastbn.batch_norm_backward(dy, saved)
+    for got, want in ((y, y_t), (dx, x_t.grad)):
+        got, want = np.moveaxis(got, axis, 1).astype(np.float64), want.detach().to(torch.float64).numpy()
+        np.testing.assert_allclose(got, want, rtol=unit(half), atol=1e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("settings", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)

@@ -5,6 +5,7 @@
     normalize       y = (x - hi)·a + b                  a = weight/σ,  hi + lo = mean,  b = bias - lo·a
     gradient sums   Σ dy,  Σ dy·(x - hi)
     input gradient  dx = ((dy - m) - (x - hi)·k)·a + c
+    activation      act(z) = z ≤ 0 ? slope·z : z;  a gradient passes it as z ≤ 0 ? slope·dy : dy
 
 `reference.py` says what each function computes and in what arguments; `README.md` derives the formulas. Design:
 
@@ -13,8 +14,10 @@
   fixed order, with neither fast-math nor a loop vectorizer that may choose differently in two drivers: the serial
   and the parallel driver, and any number of threads, give the same bits. y may be x, which a vectorizer's overlap
   checks would slow down, and stores can go past the caches. Kernels see pointers: an array is counted at each call.
-- *Sums* are kept in the data's own type about a pivot taken from the block itself, and leave the block as float64. One
-  sweep is enough where the pivot was good. A block where it was not (m2 < q/4), or where a square overflowed or
+- *Half types.* Numba has neither float16 nor bfloat16 on a CPU, so they come in as uint16 and int16, which tells them
+  apart. In memory they are two bytes, in a `Vector` float32: loads and stores convert, and nothing else knows.
+- *Sums* are kept in the type computed in, about a pivot taken from the block itself, and leave the block as float64.
+  One sweep is enough where the pivot was good. A block where it was not (m2 < q/4), or where a square overflowed or
   vanished, is done again in two sweeps of float64. The choice depends on the data alone.
 - *mean = hi + lo*: subtracting hi is exact where it matters (x near the mean); lo's share is folded into b.
 - *Two shapes of data.* RUNS: a channel's values lie contiguous, `inner` at a time (large planes). COLUMNS: rows of
@@ -24,10 +27,16 @@
   chunk holds all of a channel, both steps (sums, then apply, walking backwards) run in one task while the data
   is in cache; otherwise the chunks' sums are merged in the grid's order between two passes. Where only the second
   step is left to do (eval), tasks are stretches of memory in order.
-- *Compile time* counts: a function is compiled at its first call for each data type. So there are few task functions,
-  a serial and a parallel driver of one line for each, and one signature: parameters and statistics come as
-  float64, and all inputs as read-only arrays. FASTBN_NUMBA_CACHE=1 keeps the machine code on disk; it is not the
-  default because Numba's cache does not see edits in the functions that a cached one calls.
+- *Element-wise steps* are a formula each, for one vector, and one loop over memory for all of them (`_sweep`).
+- *Activations* cost no memory traffic: a backward pass computes z again from x, by the same formula with the same
+  bits. Where a residual was added, z's sign is y's; dz is then written by the first step, and is the second's dy.
+- *What is absent is None*: the residual, the activation's slope, y and dz. None is a type to the JIT, so code for what
+  is absent is dropped as it is compiled, and what was never asked for is never compiled. Four forms can be: plain,
+  relu (the slope is the integer 0), leaky_relu (a float), and with a residual (a float; without an activation 1).
+- *Compile time* counts: a function is compiled at its first call for each data type and form. So there are few task
+  functions, a serial and a parallel driver of one line for each, and otherwise one signature: parameters and statistics
+  come as float64, and all inputs as read-only arrays. FASTBN_NUMBA_CACHE=1 keeps the machine code on disk; it is not
+  the default because Numba's cache does not see edits in the functions that a cached one calls.
 - *Threads.* A forked child must not enter a threading layer that its parent has used, and the workqueue layer aborts
   when two threads enter it at once: see `_run`.
 """
@@ -42,11 +51,13 @@ from contextlib import nullcontext
 from functools import lru_cache
 from glob import glob
 from importlib import import_module
+from platform import machine
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from .reference import update_running_stats  # noqa: F401  (of channels, not of elements: NumPy serves)
+# Of channels, not of elements, or of nothing but arguments: NumPy serves.
+from .reference import _quiet, update_running_stats, usual, usual_statistics  # noqa: F401
 
 # Imported by name so that they are Any to the type checker, whether or not they are installed.
 numba: Any = import_module("numba")
@@ -57,7 +68,9 @@ binding: Any = import_module("llvmlite.binding")
 types = numba.types
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Pointer = Any  # to elements of float32 or float64; unlike an array it is not counted, and an index cannot be negative
+Pointer = Any  # to elements in memory; unlike an array it is not counted, and an index cannot be negative
+Data = Any  # an array that may be absent: None then, which is a type of its own to the JIT
+Slope = Any  # the activation's: None, the integer 0 (relu) or a float; in loops a vector instead of the float
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAME = "numba"
@@ -89,6 +102,11 @@ PARALLEL_FROM = 1 << 15  # fewer values run on the caller's thread
 def _jit(function: Function) -> Function:
     cache = os.environ.get("FASTBN_NUMBA_CACHE") == "1"
     return cast(Function, numba.njit(nogil=True, error_model="numpy", cache=cache)(function))
+
+
+def _formula(function: Function) -> Function:
+    """A function of vectors: it must vanish into the loop around it."""
+    return cast(Function, numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
 def _parallel(function: Function) -> Function:
@@ -132,8 +150,25 @@ _operator(operator.sub, "fsub")
 _operator(operator.mul, "fmul")
 
 
+HALF, BRAIN = types.uint16, types.int16  # how float16 and bfloat16 are passed
+
+
+def _computed(x: Any) -> Any:
+    """The type that elements at the pointer x are computed in."""
+    return types.float32 if x.dtype in (HALF, BRAIN) else x.dtype
+
+
+def _vector(x: Any) -> Vector:
+    """The type of a vector loaded from x."""
+    return Vector(_computed(x))
+
+
 def _intrinsic(function: Callable[..., Any]) -> Any:
     return extending.intrinsic(function)
+
+
+def _bytes(x: Any) -> int:
+    return x.dtype.bitwidth // 8  # type: ignore[no-any-return]
 
 
 def _address(builder: Any, pointer: Any, index: Any, llvm: Any) -> Any:
@@ -154,11 +189,119 @@ def _all(builder: Any, llvm: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), llvm.count), [0] * llvm.count))
 
 
-def _masked(builder: Any, operation: str, llvm: Any, result: Any, args: list[Any]) -> Any:
-    letter = "f32" if isinstance(llvm.element, ir.FloatType) else "f64"
-    signature = ir.FunctionType(result, [value.type for value in args])
-    name = f"llvm.masked.{operation}.v{llvm.count}{letter}.p0"
+def _masked_load(builder: Any, at: Any, llvm: Any, size: int, mask: Any) -> Any:
+    """A vector in memory, of elements of `size` bytes; 0 where the mask is off."""
+    args = [at, ir.IntType(32)(size), mask, ir.Constant(llvm, None)]
+    signature = ir.FunctionType(llvm, [value.type for value in args])
+    name = f"llvm.masked.load.v{llvm.count}{'i' if size == 2 else 'f'}{8 * size}.p0"
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
+
+
+# ---- half types: float32 in registers; rounded to nearest, ties to even; a NaN stays one, and becomes quiet ----
+
+
+def _converts(context: Any) -> bool:
+    """Whether the processor converts float16; elsewhere LLVM would call a library that the JIT does not link."""
+    return "+f16c" in context.codegen()._tm_features or machine() in ("aarch64", "arm64")
+
+
+class _Bits:
+    """The arithmetic of 32-bit lanes: constants are Python's, and a comparison is all ones or 0."""
+
+    def __init__(self, builder: Any, values: Any) -> None:
+        self.builder, self.values = builder, values
+        self.llvm = ir.VectorType(ir.IntType(32), values.type.count)
+
+    def _other(self, other: Any) -> Any:
+        if isinstance(other, _Bits):
+            return other.values
+        return self.llvm([other - (other >> 31 << 32)] * self.llvm.count)
+
+    def _done(self, values: Any) -> _Bits:
+        return _Bits(self.builder, values)
+
+    def __add__(self, other: Any) -> _Bits:
+        return self._done(self.builder.add(self.values, self._other(other)))
+
+    def __sub__(self, other: Any) -> _Bits:
+        return self._done(self.builder.sub(self.values, self._other(other)))
+
+    def __and__(self, other: Any) -> _Bits:
+        return self._done(self.builder.and_(self.values, self._other(other)))
+
+    def __or__(self, other: Any) -> _Bits:
+        return self._done(self.builder.or_(self.values, self._other(other)))
+
+    def __lshift__(self, other: Any) -> _Bits:
+        return self._done(self.builder.shl(self.values, self._other(other)))
+
+    def __rshift__(self, other: Any) -> _Bits:
+        return self._done(self.builder.lshr(self.values, self._other(other)))
+
+    def __gt__(self, other: Any) -> _Bits:
+        return self._done(
+            self.builder.sext(self.builder.icmp_unsigned(">", self.values, self._other(other)), self.llvm)
+        )
+
+    def where(self, condition: _Bits, other: _Bits) -> _Bits:
+        """Self where the condition holds, the other elsewhere."""
+        chosen = self.builder.icmp_signed("!=", condition.values, self._other(0))
+        return self._done(self.builder.select(chosen, self.values, other.values))
+
+    def floats(self) -> Any:
+        return self.builder.bitcast(self.values, ir.VectorType(ir.FloatType(), self.llvm.count))
+
+    def float_op(self, instruction: str, constant: float) -> _Bits:
+        values = self.floats()
+        result = getattr(self.builder, instruction)(values, values.type([constant] * self.llvm.count))
+        return self._done(self.builder.bitcast(result, self.llvm))
+
+
+def _widened(context: Any, builder: Any, x: Any, values: Any) -> Any:
+    """A vector of x's memory in the type that it is computed in."""
+    if x.dtype not in (HALF, BRAIN):
+        return values
+    count = values.type.count
+    if x.dtype == HALF and _converts(context):
+        half = builder.bitcast(values, ir.VectorType(ir.HalfType(), count))
+        return builder.fpext(half, ir.VectorType(ir.FloatType(), count))
+    h = _Bits(builder, builder.zext(values, ir.VectorType(ir.IntType(32), count)))
+    if x.dtype == BRAIN:
+        return (h << 16).floats()
+    low = (h & 0x7FFF) << 13
+    special, nan = low > 0x0F7FFFFF, low > 0x0F800000
+    f = low.float_op("fmul", 2.0**112)  # moves the exponent; denormals become normal
+    return (f | (special & 0x7F800000) | (nan & 0x400000) | ((h & 0x8000) << 16)).floats()
+
+
+def _narrowed(context: Any, builder: Any, y: Any, values: Any) -> Any:
+    """The inverse."""
+    if y.dtype not in (HALF, BRAIN):
+        return values
+    count = values.type.count
+    short, word = (ir.VectorType(ir.IntType(bits), count) for bits in (16, 32))
+    if y.dtype == HALF and _converts(context):
+        half = builder.fptrunc(values, ir.VectorType(ir.HalfType(), count))
+        return builder.bitcast(half, short)
+    f = _Bits(builder, builder.bitcast(values, word))
+    nan = _Bits(builder, builder.sext(builder.fcmp_unordered("uno", values, values), word))
+    size = f & 0x7FFFFFFF
+    if y.dtype == BRAIN:
+        h = (f | 0x400000).where(nan, f + 0x7FFF + ((f >> 16) & 1)) >> 16
+    else:
+        normal = (size - 0x38000000 + 0xFFF + ((size >> 13) & 1)) >> 13
+        denormal = size.float_op("fadd", 0.5) - 0x3F000000  # the addition rounds
+        special = (nan & (((size >> 13) & 0x3FF) | 0x200)) | 0x7C00
+        h = special.where(size > 0x477FFFFF, normal.where(size > 0x387FFFFF, denormal))
+        h = h | ((f & 0x80000000) >> 16)
+    return builder.trunc(h.values, short)
+
+
+def _in_memory(context: Any, x: Any, lanes: int) -> Any:
+    return ir.VectorType(context.get_data_type(x.dtype), lanes)
+
+
+# ---- what kernels are written in ----
 
 
 def _halves(builder: Any, vector: Any, half: int) -> Any:
@@ -169,7 +312,9 @@ def _halves(builder: Any, vector: Any, half: int) -> Any:
 
 @_intrinsic
 def pointer(typing_context: Any, x: Any) -> Any:
-    """x's memory. The caller keeps x."""
+    """x's memory. The caller keeps x. None's is None."""
+    if x == types.none:
+        return x(x), lambda context, builder, signature, args: args[0]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.make_array(x)(context, builder, args[0]).data
@@ -189,14 +334,17 @@ def address(typing_context: Any, x: Any, i: Any) -> Any:
 
 @_intrinsic
 def scratch(typing_context: Any, x: Any) -> Any:
-    """Room for a value of x's type a column, on the stack of the calling function; a vector may end past the last."""
+    """Room for a value a column, of the type that x is computed in, on the stack of the calling function.
+
+    A vector may end past the last.
+    """
+    vector = _vector(x)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = Vector(x.dtype)
         memory = cgutils.alloca_once(builder, vector.llvm, MAX_COLUMNS // vector.lanes + APART)
         return builder.bitcast(memory, vector.llvm.element.as_pointer())
 
-    return x(x), generate
+    return types.CPointer(vector.element)(x), generate
 
 
 @_intrinsic
@@ -204,28 +352,56 @@ def lanes(typing_context: Any, x: Any) -> Any:
     """Elements of x that fill a vector."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.IntType(64)(Vector(x.dtype).lanes)
+        return ir.IntType(64)(_vector(x).lanes)
+
+    return types.int64(x), generate
+
+
+@_intrinsic
+def size(typing_context: Any, x: Any) -> Any:
+    """The bytes of an element of x."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.IntType(64)(_bytes(x))
 
     return types.int64(x), generate
 
 
 @_intrinsic
 def rounded(typing_context: Any, x: Any, value: Any) -> Any:
-    """The float64 value in x's type."""
+    """The float64 value in the type that x is computed in."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.cast(builder, args[1], types.float64, x.dtype)
+        return context.cast(builder, args[1], types.float64, _computed(x))
 
-    return x.dtype(x, types.float64), generate
+    return _computed(x)(x, types.float64), generate
+
+
+@_intrinsic
+def representable(typing_context: Any, x: Any, value: Any) -> Any:
+    """A vector, or a float64, rounded to what x itself can hold."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if isinstance(value, Vector):
+            return _widened(context, builder, x, _narrowed(context, builder, x, args[1]))
+        zero, given = ir.IntType(32)(0), _computed(x)
+        one = context.cast(builder, args[1], types.float64, given)
+        vector = builder.insert_element(ir.Constant(ir.VectorType(one.type, 1), ir.Undefined), one, zero)
+        one = builder.extract_element(_widened(context, builder, x, _narrowed(context, builder, x, vector)), zero)
+        return context.cast(builder, one, given, types.float64)
+
+    return value(x, value), generate
 
 
 @_intrinsic
 def splat(typing_context: Any, x: Any, value: Any) -> Any:
-    """A vector of x's type, every lane the float64 value."""
-    vector = Vector(x.dtype)
+    """A vector as loaded from x, every lane the float64 value. Slopes of other types (None, 0) are left as they are."""
+    vector = _vector(x)
+    if isinstance(value, (types.NoneType, types.Integer)):
+        return value(x, value), lambda context, builder, signature, args: args[1]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _all(builder, vector.llvm, context.cast(builder, args[1], types.float64, x.dtype))
+        return _all(builder, vector.llvm, context.cast(builder, args[1], types.float64, vector.element))
 
     return vector(x, types.float64), generate
 
@@ -242,29 +418,44 @@ def wide(typing_context: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def load(typing_context: Any, x: Any, i: Any) -> Any:
-    """x[i], x[i + 1], …"""
-    vector = Vector(x.dtype)
+def element(typing_context: Any, x: Any, i: Any) -> Any:
+    """x[i] in the type that it is computed in."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = _address(builder, args[0], args[1], vector.llvm)
-        return builder.load(at, align=x.dtype.bitwidth // 8)
+        at = _address(builder, args[0], args[1], _in_memory(context, x, 1))
+        one = _widened(context, builder, x, builder.load(at, align=_bytes(x)))
+        return builder.extract_element(one, ir.IntType(32)(0))
+
+    return _computed(x)(x, types.int64), generate
+
+
+@_intrinsic
+def load(typing_context: Any, x: Any, i: Any) -> Any:
+    """x[i], x[i + 1], …"""
+    vector = _vector(x)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = _address(builder, args[0], args[1], _in_memory(context, x, vector.lanes))
+        return _widened(context, builder, x, builder.load(at, align=_bytes(x)))
 
     return vector(x, types.int64), generate
 
 
 @_intrinsic
 def load_part(typing_context: Any, x: Any, i: Any, count: Any, otherwise: Any) -> Any:
-    """The same, where only `count` elements are there; the other lanes are `otherwise`'s."""
-    vector = Vector(x.dtype)
+    """The same, where only `count` elements are there; the other lanes are `otherwise`'s. A count of None is all."""
+    vector = _vector(x)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = _address(builder, args[0], args[1], vector.llvm)
-        align = ir.IntType(32)(x.dtype.bitwidth // 8)
+        llvm = _in_memory(context, x, vector.lanes)
+        at = _address(builder, args[0], args[1], llvm)
+        if count == types.none:
+            return _widened(context, builder, x, builder.load(at, align=_bytes(x)))
         mask = _mask(builder, vector.lanes, args[2])
-        return _masked(builder, "load", vector.llvm, vector.llvm, [at, align, mask, args[3]])
+        values = _widened(context, builder, x, _masked_load(builder, at, llvm, _bytes(x), mask))
+        return builder.select(mask, values, args[3])
 
-    return vector(x, types.int64, types.int64, vector), generate
+    return vector(x, types.int64, count, vector), generate
 
 
 @_intrinsic
@@ -273,15 +464,46 @@ def load_wide(typing_context: Any, x: Any, i: Any, count: Any, otherwise: Any) -
     wide = Vector(types.float64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        llvm = ir.VectorType(Vector(x.dtype).llvm.element, wide.lanes)
-        at = _address(builder, args[0], args[1], llvm)
-        align = ir.IntType(32)(x.dtype.bitwidth // 8)
+        llvm = _in_memory(context, x, wide.lanes)
         mask = _mask(builder, wide.lanes, args[2])
-        narrow = _masked(builder, "load", llvm, llvm, [at, align, mask, ir.Constant(llvm, None)])
-        values = narrow if x.dtype == types.float64 else builder.fpext(narrow, wide.llvm)
+        at = _address(builder, args[0], args[1], llvm)
+        values = _widened(context, builder, x, _masked_load(builder, at, llvm, _bytes(x), mask))
+        if x.dtype != types.float64:
+            values = builder.fpext(values, wide.llvm)
         return builder.select(mask, values, args[3])
 
     return wide(x, types.int64, types.int64, wide), generate
+
+
+@_intrinsic
+def at(typing_context: Any, values: Any, k: Any) -> Any:
+    """The vector at column k of `values`; a vector is its own, for every k."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if isinstance(values, Vector):
+            return args[0]
+        return builder.load(_address(builder, args[0], args[1], _vector(values).llvm), align=_bytes(values))
+
+    return (values if isinstance(values, Vector) else _vector(values))(values, types.int64), generate
+
+
+@_intrinsic
+def passed(typing_context: Any, values: Any, z: Any, slope: Any) -> Any:
+    """The values where z > 0 (or is not a number), slope·values elsewhere, which for slope 0 is exactly 0.
+
+    Without a slope, the values.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if slope == types.none:
+            return args[0]
+        cut = zero = ir.Constant(values.llvm, None)
+        if isinstance(slope, Vector):
+            none_passes = builder.fcmp_ordered("==", args[2], zero)
+            cut = builder.select(none_passes, zero, builder.fmul(args[0], args[2]))
+        return builder.select(builder.fcmp_ordered("<=", args[1], zero), cut, args[0])
+
+    return values(values, values, slope), generate
 
 
 @_intrinsic
@@ -289,8 +511,8 @@ def store(typing_context: Any, y: Any, i: Any, values: Any) -> Any:
     """y[i], y[i + 1], … = values"""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = _address(builder, args[0], args[1], values.llvm)
-        builder.store(args[2], at, align=y.dtype.bitwidth // 8)
+        narrow = _narrowed(context, builder, y, args[2])
+        builder.store(narrow, _address(builder, args[0], args[1], narrow.type), align=_bytes(y))
         return context.get_dummy_value()
 
     return types.none(y, types.int64, values), generate
@@ -300,22 +522,25 @@ def store(typing_context: Any, y: Any, i: Any, values: Any) -> Any:
 def store_part(typing_context: Any, y: Any, i: Any, count: Any, values: Any) -> Any:
     """The same for the first `count` values, fewer than a vector: half of them or not, a quarter or not, …
 
-    A masked store is many times as slow on some processors, among them Zen 4.
+    A masked store is many times as slow on some processors, among them Zen 4. A count of None is all.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        index, count, rest, half = args[1], args[2], args[3], values.lanes
+        index, there, rest, half = args[1], args[2], _narrowed(context, builder, y, args[3]), values.lanes
+        if count == types.none:
+            builder.store(rest, _address(builder, args[0], index, rest.type), align=_bytes(y))
+            half = 1
         while half > 1:
             half //= 2
             low, high = _halves(builder, rest, half)
-            there = builder.icmp_signed("!=", builder.and_(count, count.type(half)), count.type(0))
-            with builder.if_then(there):
-                builder.store(low, _address(builder, args[0], index, low.type), align=y.dtype.bitwidth // 8)
-            rest = builder.select(there, high, low)
-            index = builder.add(index, builder.select(there, index.type(half), index.type(0)))
+            taken = builder.icmp_signed("!=", builder.and_(there, there.type(half)), there.type(0))
+            with builder.if_then(taken):
+                builder.store(low, _address(builder, args[0], index, low.type), align=_bytes(y))
+            rest = builder.select(taken, high, low)
+            index = builder.add(index, builder.select(taken, index.type(half), index.type(0)))
         return context.get_dummy_value()
 
-    return types.none(y, types.int64, types.int64, values), generate
+    return types.none(y, types.int64, count, values), generate
 
 
 @_intrinsic
@@ -323,26 +548,53 @@ def stream(typing_context: Any, y: Any, i: Any, values: Any) -> Any:
     """The same past the caches, for an address that is a multiple of ROW_ALIGNMENT."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at = _address(builder, args[0], args[1], values.llvm)
-        instruction = builder.store(args[2], at, align=ROW_ALIGNMENT)
-        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        pieces, half = [_narrowed(context, builder, y, args[2])], values.lanes
+        if _bytes(y) == 2:  # LLVM would cut a narrowed vector by way of the stack
+            while half * 2 > ROW_ALIGNMENT:
+                half //= 2
+                pieces = [part for piece in pieces for part in _halves(builder, piece, half)]
+        for index, piece in enumerate(pieces):
+            place = builder.add(args[1], args[1].type(index * half))
+            instruction = builder.store(piece, _address(builder, args[0], place, piece.type), align=ROW_ALIGNMENT)
+            instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
     return types.none(y, types.int64, values), generate
 
 
 @_intrinsic
-def prefetch(typing_context: Any, x: Any, i: Any) -> Any:
-    """Ask for x[i]'s cache line: the hardware does not foresee where the next run starts."""
+def either(typing_context: Any, a: Any, b: Any) -> Any:
+    """a, or b where a is None."""
+    which = 1 if a == types.none else 0
+    return (a, b)[which](a, b), lambda context, builder, signature, args: args[which]
+
+
+@_intrinsic
+def unless(typing_context: Any, a: Any, b: Any) -> Any:
+    """b where a is None, else None."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at, integer = builder.gep(args[0], [args[1]]), ir.IntType(32)
-        llvm = ir.FunctionType(ir.VoidType(), [at.type, integer, integer, integer])
-        function = cgutils.get_or_insert_function(builder.module, llvm, "llvm.prefetch.p0")
-        builder.call(function, [at, integer(0), integer(2), integer(1)])
+        return args[1] if a == types.none else context.get_dummy_value()
+
+    return (b if a == types.none else types.none)(a, b), generate
+
+
+@_intrinsic
+def prefetch(typing_context: Any, x: Any, i: Any, ahead: Any) -> Any:
+    """Ask for x[i + ahead]'s cache line: the hardware does not foresee where the next run starts.
+
+    Nothing, where one of them is None.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if types.none not in (x, ahead):
+            at, integer = builder.gep(args[0], [builder.add(args[1], args[2])]), ir.IntType(32)
+            llvm = ir.FunctionType(ir.VoidType(), [at.type, integer, integer, integer])
+            function = cgutils.get_or_insert_function(builder.module, llvm, "llvm.prefetch.p0")
+            builder.call(function, [at, integer(0), integer(2), integer(1)])
         return context.get_dummy_value()
 
-    return types.none(x, types.int64), generate
+    return types.none(x, types.int64, ahead), generate
 
 
 @_intrinsic
@@ -424,17 +676,23 @@ def _moments_wide(x: Pointer, start: int, runs: int, stride: int, length: int) -
 
 
 @_jit
-def _gradient_sums_wide(dy: Pointer, x: Pointer, start: int, runs: int, stride: int, length: int, hi: float) -> Any:
-    """Gradient sums of a block in float64."""
-    h, zero = wide(hi), wide(0.0)
-    s = q = zero
+def _gradient_sums_wide(
+    dy: Pointer, x: Pointer, y: Data, dz: Data, start: int, runs: int, stride: int, length: int,
+    hi: float, a: float, b: float, slope: Slope,
+) -> Any:  # fmt: skip
+    """Gradient sums of a block in float64; z, with the bits it had, in the type of hi, a and b."""
+    s = q = 0.0
     for r in range(runs):
-        for i in range(0, length, 8):
-            at = start + r * stride + i
-            g = load_wide(dy, at, length - i, zero)
-            s = s + g
-            q = q + g * (load_wide(x, at, length - i, h) - h)
-    return total(s), total(q)
+        for i in range(start + r * stride, start + r * stride + length):
+            if dz is not None:  # it is there, and dy may be no more
+                g = np.float64(element(dz, i))
+            else:
+                g = np.float64(element(dy, i))
+                if slope is not None and (element(x, i) - hi) * a + b <= 0:
+                    g = np.float64(g * slope if slope != 0.0 else 0.0)
+            s += g
+            q += g * (np.float64(element(x, i)) - np.float64(hi))
+    return s, q
 
 
 @_jit
@@ -445,29 +703,125 @@ def _within(x: Pointer, scale: float) -> float:
 
 
 @_jit
+def _scale(x: Pointer, var: float, weight: float, eps: float) -> float:
+    """a of y = (x - hi)·a + b."""
+    return _within(x, weight / np.sqrt(var + eps))
+
+
+@_jit
 def _coefficients(x: Pointer, mean: float, var: float, weight: float, bias: float, eps: float) -> Any:
     """hi, a and b of y = (x - hi)·a + b."""
-    a = _within(x, weight / np.sqrt(var + eps))
+    a = _scale(x, var, weight, eps)
     hi = np.float64(rounded(x, mean))
     return hi, a, bias - (mean - hi) * a
 
 
 @_jit
 def _slopes(
-    x: Pointer, mean: float, var: float, weight: float, eps: float, sum_dy: float, sum_dy_xmu: float, count: int
+    x: Pointer, mean: float, var: float, a: float, eps: float, sum_dy: float, sum_dy_xmu: float, count: int
 ) -> Any:
-    """m, a, hi, k and c of dx = ((dy - m) - (x - hi)·k)·a + c."""
-    a = _within(x, weight / np.sqrt(var + eps))
+    """m, k and c of dx = ((dy - m) - (x - hi)·k)·a + c."""
     k = sum_dy_xmu / count / (var + eps)
     m = np.float64(rounded(x, sum_dy / count))
     hi = np.float64(rounded(x, mean))
-    return m, a, hi, k, a * ((mean - hi) * k - (sum_dy / count - m))
+    return m, k, a * ((mean - hi) * k - (sum_dy / count - m))
 
 
 @_jit
 def _head(y: Pointer, start: int, length: int, alignment: int) -> Any:
     """Elements from `start` to the first address that is aligned."""
-    return min(length, -address(y, start) % alignment * lanes(y) // VECTOR_BYTES)
+    return min(length, (-address(y, start) & (alignment - 1)) // size(y))  # % would be a division a row
+
+
+# ---- the element-wise steps: a formula of the vector at i, whose column is k ----
+#
+# n: how many of its elements are there, or None: all. ahead: how far on from i the next run is, or None. Coefficients
+# are a vector (runs), or a pointer to a value a column.
+
+
+@_formula
+def _normalized(
+    i: int, k: int, n: Any, ahead: Any, x: Pointer, added: Data, hi: Any, a: Any, b: Any, slope: Slope
+) -> Any:
+    """y = act((x - hi)·a + b + added)"""
+    prefetch(x, i, ahead)
+    prefetch(added, i, ahead)
+    h = at(hi, k)
+    z = (load_part(x, i, n, h) - h) * at(a, k) + at(b, k)
+    if added is not None:
+        z = z + load_part(added, i, n, h)
+    return passed(z, z, slope)
+
+
+@_formula
+def _gradient(i: int, n: Any, dy: Pointer, y: Data, dz: Data, d: Any, a: Any, b: Any, slope: Slope, zero: Any) -> Any:
+    """dz: dy, as far as the activation passed it. d is x - hi. Writes dz, if it is kept."""
+    g = load_part(dy, i, n, zero)
+    if y is None:
+        return passed(g, d * a + b, slope)
+    g = passed(g, load_part(y, i, n, zero), slope)
+    store_part(dz, i, n, g)
+    return g
+
+
+@_formula
+def _input_gradient(
+    i: int, k: int, n: Any, ahead: Any, dy: Pointer, x: Pointer, hi: Any, a: Any, b: Any, m: Any, c: Any, e: Any,
+    slope: Slope,
+) -> Any:  # fmt: skip
+    """dx = ((dz - m) - (x - hi)·c)·a + e"""
+    prefetch(x, i, ahead)
+    prefetch(dy, i, ahead)
+    h = at(hi, k)
+    d = load_part(x, i, n, h) - h
+    g = _gradient(i, n, dy, None, None, d, at(a, k), at(b, k), slope, h)
+    return ((g - at(m, k)) - d * at(c, k)) * at(a, k) + at(e, k)
+
+
+@_formula
+def _scaled_gradient(
+    i: int, k: int, n: Any, ahead: Any, dy: Pointer, x: Pointer, hi: Any, a: Any, b: Any, slope: Slope
+) -> Any:
+    """dx = dz·a, where the statistics are constants."""
+    prefetch(x, i, ahead)
+    prefetch(dy, i, ahead)
+    h = at(hi, k)
+    d = load_part(x, i, n, h) - h
+    return _gradient(i, n, dy, None, None, d, at(a, k), at(b, k), slope, h) * at(a, k)
+
+
+def _sweep(formula: Callable[..., Any]) -> Callable[..., None]:
+    """The formula over `rows` runs (or rows of columns) of `length` elements, the first at `start`, `stride` apart."""
+
+    def sweep(
+        out: Pointer, start: int, rows: int, stride: int, length: int, ahead: Any, streaming: int, *args: Any
+    ) -> None:
+        for r in range(rows):
+            i, k = start + r * stride, 0
+            if streaming > 0:
+                head = _head(out, i, length, streaming)
+                k = head % lanes(out)
+                if k > 0:
+                    store_part(out, i, k, formula(i, 0, k, ahead, *args))
+                if k < head:  # a vector of a half type is half a line
+                    store(out, i + k, formula(i + k, k, None, ahead, *args))
+                    k = head
+                whole = length - ((length - head) & (max(lanes(out), streaming // size(out)) - 1))
+                while k < whole:
+                    stream(out, i + k, formula(i + k, k, None, ahead, *args))
+                    k += lanes(out)
+            while k + lanes(out) <= length:
+                store(out, i + k, formula(i + k, k, None, ahead, *args))
+                k += lanes(out)
+            if k < length:
+                store_part(out, i + k, length - k, formula(i + k, k, length - k, ahead, *args))
+
+    return _jit(sweep)
+
+
+_normalize = _sweep(_normalized)
+_give_input_gradient = _sweep(_input_gradient)
+_scale_gradient = _sweep(_scaled_gradient)
 
 
 # ---- runs ----
@@ -476,13 +830,15 @@ def _head(y: Pointer, start: int, length: int, alignment: int) -> Any:
 @_jit
 def _moments_runs(x: Pointer, start: int, runs: int, stride: int, length: int) -> Any:
     """Mean and m2 of a block of `runs` runs of `length` values, the first at `start`, `stride` apart."""
-    # The pivot: the mean of the first 16 values. To pick them from all over the block cost as much as the sums.
-    origin = np.float64(x[start])  # a constant block's pivot is exactly its value
+    # The pivot: the mean of the first 16 values. To pick them from all over the block cost as much as the sums. It is a
+    # number that x can hold, so that x - pivot has few digits where x has. Were they all odd multiples of a small step,
+    # so would their squares be, and sums would round them the same way every time.
+    origin = np.float64(element(x, start))  # a constant block's pivot is exactly its value
     few = min(length, 16)
     shift = 0.0
     for i in range(1, few):
-        shift += np.float64(x[start + i]) - origin
-    pivot = np.float64(rounded(x, origin + shift / few))
+        shift += np.float64(element(x, start + i)) - origin
+    pivot = representable(x, origin + shift / few)
 
     p = splat(x, pivot)
     s0 = s1 = q0 = q1 = splat(x, 0.0)
@@ -491,8 +847,8 @@ def _moments_runs(x: Pointer, start: int, runs: int, stride: int, length: int) -
         i = start + r * stride
         end = i + length
         while i + 2 * lanes(x) <= end:
-            prefetch(x, i + following)
-            prefetch(x, i + following + lanes(x))
+            prefetch(x, i, following)
+            prefetch(x, i + lanes(x), following)
             d0 = load(x, i) - p
             d1 = load(x, i + lanes(x)) - p
             s0 = s0 + d0
@@ -514,86 +870,48 @@ def _moments_runs(x: Pointer, start: int, runs: int, stride: int, length: int) -
 
 
 @_jit
-def _gradient_sums_runs(dy: Pointer, x: Pointer, start: int, runs: int, stride: int, length: int, hi: float) -> Any:
-    """Σ dy and Σ dy·(x - hi) of a block."""
-    h, zero = splat(x, hi), splat(x, 0.0)
+def _gradient_sums_runs(
+    dy: Pointer, x: Pointer, y: Data, dz: Data, start: int, runs: int, stride: int, length: int,
+    hi: float, a: float, b: float, slope: Slope,
+) -> Any:  # fmt: skip
+    """Σ dz and Σ dz·(x - hi) of a block. Writes dz, if it is kept."""
+    h, va, vb, vs, zero = splat(x, hi), splat(x, a), splat(x, b), splat(x, slope), splat(x, 0.0)
     s0 = s1 = q0 = q1 = zero
     following = stride if runs > 1 else 0
     for r in range(runs):
         i = start + r * stride
         end = i + length
         while i + 2 * lanes(x) <= end:
-            prefetch(x, i + following)
-            prefetch(dy, i + following)
-            prefetch(x, i + following + lanes(x))
-            prefetch(dy, i + following + lanes(x))
-            g0 = load(dy, i)
-            g1 = load(dy, i + lanes(x))
+            j = i + lanes(x)
+            for at_ in (i, j):
+                prefetch(x, at_, following)
+                prefetch(dy, at_, following)
+                prefetch(y, at_, following)
+            d0, d1 = load(x, i) - h, load(x, j) - h
+            g0 = _gradient(i, None, dy, y, dz, d0, va, vb, vs, zero)
+            g1 = _gradient(j, None, dy, y, dz, d1, va, vb, vs, zero)
             s0 = s0 + g0
             s1 = s1 + g1
-            q0 = q0 + g0 * (load(x, i) - h)
-            q1 = q1 + g1 * (load(x, i + lanes(x)) - h)
+            q0 = q0 + g0 * d0
+            q1 = q1 + g1 * d1
             i += 2 * lanes(x)
-        while i < end:
-            g0 = load_part(dy, i, end - i, zero)
+        if i + lanes(x) <= end:
+            d0 = load(x, i) - h
+            g0 = _gradient(i, None, dy, y, dz, d0, va, vb, vs, zero)
             s0 = s0 + g0
-            q0 = q0 + g0 * (load_part(x, i, end - i, h) - h)
+            q0 = q0 + g0 * d0
             i += lanes(x)
+        if i < end:
+            d0 = load_part(x, i, end - i, h) - h
+            g0 = _gradient(i, end - i, dy, y, dz, d0, va, vb, vs, zero)
+            s0 = s0 + g0
+            q0 = q0 + g0 * d0
     s, q = total(s0) + total(s1), total(q0) + total(q1)
     if (s + q) - (s + q) != 0.0:
-        return _gradient_sums_wide(dy, x, start, runs, stride, length, hi)
+        return _gradient_sums_wide(
+            dy, x, y, dz, start, runs, stride, length, rounded(x, hi), rounded(x, a), rounded(x, b), slope
+        )
     return s, q
-
-
-@_jit
-def _normalize_runs(
-    x: Pointer, y: Pointer, start: int, runs: int, stride: int, length: int, hi: float, a: float, b: float,
-    streaming: int,
-) -> None:  # fmt: skip
-    h, va, vb = splat(x, hi), splat(x, a), splat(x, b)
-    for r in range(runs):
-        i = start + r * stride
-        end = i + length
-        if streaming > 0:
-            n = _head(y, i, length, streaming)
-            if n > 0:
-                store_part(y, i, n, (load_part(x, i, n, h) - h) * va + vb)
-                i += n
-            while i + lanes(x) <= end:
-                stream(y, i, (load(x, i) - h) * va + vb)
-                i += lanes(x)
-        while i + lanes(x) <= end:
-            store(y, i, (load(x, i) - h) * va + vb)
-            i += lanes(x)
-        if i < end:
-            store_part(y, i, end - i, (load_part(x, i, end - i, h) - h) * va + vb)
-
-
-@_jit
-def _input_gradient_runs(
-    dy: Pointer, x: Pointer, dx: Pointer, start: int, runs: int, stride: int, length: int,
-    m: float, a: float, hi: float, k: float, c: float, streaming: int,
-) -> None:  # fmt: skip
-    vm, va, vh, vk, vc = splat(x, m), splat(x, a), splat(x, hi), splat(x, k), splat(x, c)
-    for r in range(runs):
-        i = start + r * stride
-        end = i + length
-        if streaming > 0:
-            n = _head(dx, i, length, streaming)
-            if n > 0:
-                g = load_part(dy, i, n, vm) - vm
-                store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) * va + vc)
-                i += n
-            while i + lanes(x) <= end:
-                stream(dx, i, ((load(dy, i) - vm) - (load(x, i) - vh) * vk) * va + vc)
-                i += lanes(x)
-        while i + lanes(x) <= end:
-            store(dx, i, ((load(dy, i) - vm) - (load(x, i) - vh) * vk) * va + vc)
-            i += lanes(x)
-        if i < end:
-            n = end - i
-            g = load_part(dy, i, n, vm) - vm
-            store_part(dx, i, n, (g - (load_part(x, i, n, vh) - vh) * vk) * va + vc)
 
 
 @_jit
@@ -610,11 +928,11 @@ def _block(block: int, outer: int, channels: int, inner: int) -> Any:
 
 @_jit
 def _forward_runs(
-    task: int, x_: Array, y_: Array, apply: bool, outer: int, channels: int, inner: int,
+    task: int, x_: Array, y_: Array, added_: Data, apply: bool, outer: int, channels: int, inner: int,
     group: int, extent: int, chunk: int, chunks: int, mean: Array, m2: Array, weight: Array,
-    bias: Array, eps: float, streaming: int,
+    bias: Array, eps: float, slope: Slope, streaming: int,
 ) -> None:  # fmt: skip
-    x, y = pointer(x_), pointer(y_)
+    x, y, added = pointer(x_), pointer(y_), pointer(added_)
     channel, part = task // chunks, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     stride, origin = channels * inner, channel * inner
@@ -627,37 +945,44 @@ def _forward_runs(
     mean[part, channel], m2[part, channel] = centre, second
     if apply:
         hi, a, b = _coefficients(x, centre, second / count, weight[channel], bias[channel], eps)
+        v = splat(x, hi), splat(x, a), splat(x, b), splat(x, slope)
         for block in range(last - 1, first - 1, -1):
             start, runs, length = _block(block, outer, channels, inner)
-            _normalize_runs(x, y, origin + start, runs, stride, length, hi, a, b, streaming)
+            _normalize(y, origin + start, runs, stride, length, None, streaming, x, added, v[0], v[1], v[2], v[3])
         fence()
 
 
 @_jit
 def _backward_runs(
-    task: int, dy_: Array, x_: Array, dx_: Array, steps: int, outer: int, channels: int, inner: int,
-    group: int, extent: int, chunk: int, chunks: int, mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array,
-    weight: Array, eps: float, streaming: int,
+    task: int, dy_: Array, x_: Array, dx_: Array, y_: Data, dz_: Data, steps: int,
+    outer: int, channels: int, inner: int, group: int, extent: int, chunk: int, chunks: int,
+    mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array, weight: Array, bias: Array, eps: float, slope: Slope,
+    streaming: int,
 ) -> None:  # fmt: skip
-    dy, x, dx = pointer(dy_), pointer(x_), pointer(dx_)
+    dy, x, dx, y, dz = pointer(dy_), pointer(x_), pointer(dx_), pointer(y_), pointer(dz_)
     channel, part = task // chunks, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     stride, origin = channels * inner, channel * inner
+    hi, a, b = _coefficients(x, mean[channel], var[channel], weight[channel], bias[channel], eps)
     if steps & SUM:
-        hi = np.float64(rounded(x, mean[channel]))
         s = q = 0.0
         for block in range(first, last):
             start, runs, length = _block(block, outer, channels, inner)
-            block_s, block_q = _gradient_sums_runs(dy, x, origin + start, runs, stride, length, hi)
-            s += block_s
-            q += block_q
+            sums = _gradient_sums_runs(dy, x, y, dz, origin + start, runs, stride, length, hi, a, b, slope)
+            s += sums[0]
+            q += sums[1]
         sum_dy[part, channel], sum_dy_xmu[part, channel] = s, q - (mean[channel] - hi) * s
     if steps & APPLY:
         s, q = sum_dy[0, channel], sum_dy_xmu[0, channel]
-        m, a, hi, k, c = _slopes(x, mean[channel], var[channel], weight[channel], eps, s, q, outer * inner)
+        m, k, c = _slopes(x, mean[channel], var[channel], a, eps, s, q, outer * inner)
+        g, vs = either(dz, dy), unless(dz, splat(x, slope))  # dz is there already, or yet to be made
+        v = splat(x, hi), splat(x, a), splat(x, b), splat(x, m), splat(x, k), splat(x, c)
         for block in range(last - 1, first - 1, -1):
             start, runs, length = _block(block, outer, channels, inner)
-            _input_gradient_runs(dy, x, dx, origin + start, runs, stride, length, m, a, hi, k, c, streaming)
+            _give_input_gradient(
+                dx, origin + start, runs, stride, length, None, streaming,
+                g, x, v[0], v[1], v[2], v[3], v[4], v[5], vs,
+            )  # fmt: skip
         fence()
 
 
@@ -697,14 +1022,15 @@ def _pivots(x: Pointer, start: int, rows: int, stride: int, width: int, inner: i
             s = zero
             for i in range(1, 8):
                 s = s + (load_part(x, start + min(i, rows - 1) * stride + k, width - k, zero) - origin)
-            store(pivot, k, origin + s * eighth)
+            store(pivot, k, representable(x, origin + s * eighth))
     else:
         for c in range(width):
             at = start + c * inner
-            origin, s = splat(x, np.float64(x[at])), splat(x, 0.0)
+            first = np.float64(element(x, at))
+            origin, s = splat(x, first), splat(x, 0.0)
             for j in range(0, inner, lanes(x)):
                 s = s + (load_part(x, at + j, inner - j, origin) - origin)
-            _fill(pivot, c * inner, inner, np.float64(x[at]) + total(s) / inner)
+            _fill(pivot, c * inner, inner, representable(x, first + total(s) / inner))
 
 
 @_jit
@@ -714,7 +1040,7 @@ def _ahead(x: Pointer, stride: int, columns: int) -> Any:
     Memory likes to be read in order: where the columns are the whole row, four later rows are one run, and the four
     vectors from 4k on are asked for at column k; else column k of each of four rows.
     """
-    row = stride * VECTOR_BYTES // lanes(x)
+    row = stride * size(x)
     rows = 4 if row >= AHEAD // 4 else 4 * ((AHEAD + 4 * row - 1) // (4 * row))
     if columns == stride:
         return rows * stride, 4, lanes(x)
@@ -739,9 +1065,8 @@ def _moments_columns(
     for r in range(0, grouped, 4):
         for k in range(0, whole, lanes(x)):
             i = start + r * stride + k
-            ask = i + later + k * (across - 1)
             for j in range(4):
-                prefetch(x, ask + j * down)
+                prefetch(x, i + k * (across - 1) + j * down, later)
             p = load(pivot, k)
             d0, d1 = load(x, i) - p, load(x, i + stride) - p
             d2, d3 = load(x, i + 2 * stride) - p, load(x, i + 3 * stride) - p
@@ -794,13 +1119,14 @@ def _moments_columns(
 
 @_jit
 def _gradient_sums_columns(
-    dy: Pointer, x: Pointer, start: int, rows: int, stride: int, width: int, inner: int,
-    hi: Pointer, sums: Pointer, products: Pointer, sum_dy: Pointer, sum_dy_x: Pointer, at: int,
+    dy: Pointer, x: Pointer, y: Data, dz: Data, start: int, rows: int, stride: int, width: int, inner: int,
+    hi: Pointer, a: Pointer, b: Pointer, slope: Slope, sums: Pointer, products: Pointer,
+    sum_dy: Pointer, sum_dy_x: Pointer, to: int,
 ) -> None:  # fmt: skip
-    """Add a block's Σ dy and Σ dy·(x - hi) to sum_dy[at:] and sum_dy_x[at:]."""
+    """Add a block's Σ dz and Σ dz·(x - hi) to sum_dy[to:] and sum_dy_x[to:]. Writes dz, if it is kept."""
     columns = width * inner
     whole = columns - columns % lanes(x)
-    zero = splat(x, 0.0)
+    zero, vs = splat(x, 0.0), splat(x, slope)
     _fill(sums, 0, columns, 0.0)
     _fill(products, 0, columns, 0.0)
     grouped = rows - rows % 4
@@ -808,30 +1134,35 @@ def _gradient_sums_columns(
     for r in range(0, grouped, 4):
         for k in range(0, whole, lanes(x)):
             i = start + r * stride + k
-            ask = i + later + k * (across - 1)
             for j in range(4):
-                prefetch(x, ask + j * down)
-                prefetch(dy, ask + j * down)
-            h = load(hi, k)
-            g0, g1 = load(dy, i), load(dy, i + stride)
-            g2, g3 = load(dy, i + 2 * stride), load(dy, i + 3 * stride)
+                ask = i + k * (across - 1) + j * down
+                prefetch(x, ask, later)
+                prefetch(dy, ask, later)
+                prefetch(y, ask, later)
+            h, va, vb = at(hi, k), at(a, k), at(b, k)
+            d0, d1 = load(x, i) - h, load(x, i + stride) - h
+            d2, d3 = load(x, i + 2 * stride) - h, load(x, i + 3 * stride) - h
+            g0 = _gradient(i, None, dy, y, dz, d0, va, vb, vs, zero)
+            g1 = _gradient(i + stride, None, dy, y, dz, d1, va, vb, vs, zero)
+            g2 = _gradient(i + 2 * stride, None, dy, y, dz, d2, va, vb, vs, zero)
+            g3 = _gradient(i + 3 * stride, None, dy, y, dz, d3, va, vb, vs, zero)
             store(sums, k, load(sums, k) + ((g0 + g1) + (g2 + g3)))
-            q0 = g0 * (load(x, i) - h) + g1 * (load(x, i + stride) - h)
-            q1 = g2 * (load(x, i + 2 * stride) - h) + g3 * (load(x, i + 3 * stride) - h)
-            store(products, k, load(products, k) + (q0 + q1))
+            store(products, k, load(products, k) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)))
     for r in range(grouped, rows):
         for k in range(0, whole, lanes(x)):
             i = start + r * stride + k
-            g = load(dy, i)
-            store(sums, k, load(sums, k) + g)
-            store(products, k, load(products, k) + g * (load(x, i) - load(hi, k)))
+            d0 = load(x, i) - at(hi, k)
+            g0 = _gradient(i, None, dy, y, dz, d0, at(a, k), at(b, k), vs, zero)
+            store(sums, k, load(sums, k) + g0)
+            store(products, k, load(products, k) + g0 * d0)
     if whole < columns:
-        h, s, q = load(hi, whole), zero, zero
+        h, va, vb, s, q, n = at(hi, whole), at(a, whole), at(b, whole), zero, zero, columns - whole
         for r in range(rows):
             i = start + r * stride + whole
-            g = load_part(dy, i, columns - whole, zero)
-            s = s + g
-            q = q + g * (load_part(x, i, columns - whole, h) - h)
+            d0 = load_part(x, i, n, h) - h
+            g0 = _gradient(i, n, dy, y, dz, d0, va, vb, vs, zero)
+            s = s + g0
+            q = q + g0 * d0
         store(sums, whole, s)
         store(products, whole, q)
 
@@ -845,84 +1176,22 @@ def _gradient_sums_columns(
     if infinite > 0:
         for c in range(width):
             if (s_[c] + q_[c]) - (s_[c] + q_[c]) != 0.0:
-                h_ = np.float64(hi[c * inner])
-                s_[c], q_[c] = _gradient_sums_wide(dy, x, start + c * inner, rows, stride, inner, h_)
+                k, i = c * inner, start + c * inner
+                s_[c], q_[c] = _gradient_sums_wide(
+                    dy, x, y, dz, i, rows, stride, inner, hi[k], a[k], b[k], slope
+                )  # fmt: skip
     for c in range(width):
-        sum_dy[at + c] += s_[c]
-        sum_dy_x[at + c] += q_[c]
-
-
-@_jit
-def _normalize_columns(
-    x: Pointer, y: Pointer, start: int, rows: int, stride: int, columns: int, hi: Pointer, a: Pointer, b: Pointer,
-    streaming: int,
-) -> None:  # fmt: skip
-    for r in range(rows):
-        i, k = start + r * stride, 0
-        if streaming > 0:
-            k = _head(y, i, columns, streaming)
-            if k > 0:
-                store_part(y, i, k, (load_part(x, i, k, load(hi, 0)) - load(hi, 0)) * load(a, 0) + load(b, 0))
-            while k + lanes(x) <= columns:
-                prefetch(x, i + k + stride)
-                stream(y, i + k, (load(x, i + k) - load(hi, k)) * load(a, k) + load(b, k))
-                k += lanes(x)
-        while k + lanes(x) <= columns:
-            prefetch(x, i + k + stride)
-            store(y, i + k, (load(x, i + k) - load(hi, k)) * load(a, k) + load(b, k))
-            k += lanes(x)
-        if k < columns:
-            n, h = columns - k, load(hi, k)
-            store_part(y, i + k, n, (load_part(x, i + k, n, h) - h) * load(a, k) + load(b, k))
-
-
-@_jit
-def _input_gradient_columns(
-    dy: Pointer, x: Pointer, dx: Pointer, start: int, rows: int, stride: int, columns: int,
-    m: Pointer, a: Pointer, hi: Pointer, k: Pointer, c: Pointer, streaming: int,
-) -> None:  # fmt: skip
-    for r in range(rows):
-        at, i = start + r * stride, 0
-        if streaming > 0:
-            i = _head(dx, at, columns, streaming)
-            if i > 0:
-                g = load_part(dy, at, i, load(m, 0)) - load(m, 0)
-                store_part(
-                    dx,
-                    at,
-                    i,
-                    (g - (load_part(x, at, i, load(hi, 0)) - load(hi, 0)) * load(k, 0)) * load(a, 0) + load(c, 0),
-                )
-            while i + lanes(x) <= columns:
-                prefetch(x, at + i + stride)
-                prefetch(dy, at + i + stride)
-                g = load(dy, at + i) - load(m, i)
-                stream(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i))
-                i += lanes(x)
-        while i + lanes(x) <= columns:
-            prefetch(x, at + i + stride)
-            prefetch(dy, at + i + stride)
-            g = load(dy, at + i) - load(m, i)
-            store(dx, at + i, (g - (load(x, at + i) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i))
-            i += lanes(x)
-        if i < columns:
-            n = columns - i
-            g = load_part(dy, at + i, n, load(m, i)) - load(m, i)
-            store_part(
-                dx,
-                at + i,
-                n,
-                (g - (load_part(x, at + i, n, load(hi, i)) - load(hi, i)) * load(k, i)) * load(a, i) + load(c, i),
-            )
+        sum_dy[to + c] += s_[c]
+        sum_dy_x[to + c] += q_[c]
 
 
 @_jit
 def _forward_columns(
-    task: int, x_: Array, y_: Array, apply: bool, outer: int, channels: int, inner: int,
+    task: int, x_: Array, y_: Array, added_: Data, apply: bool, outer: int, channels: int, inner: int,
     group: int, extent: int, chunk: int, chunks: int, mean: Array, m2: Array, weight: Array,
-    bias: Array, eps: float, streaming: int,
+    bias: Array, eps: float, slope: Slope, streaming: int,
 ) -> None:  # fmt: skip
-    x, y = pointer(x_), pointer(y_)
+    x, y, added = pointer(x_), pointer(y_), pointer(added_)
     channel, part = task // chunks * group, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     width, stride, origin = min(group, channels - channel), channels * inner, channel * inner
@@ -935,36 +1204,43 @@ def _forward_columns(
     if apply:
         for i in range(width):
             c = channel + i
-            k = _coefficients(x, mean[0, c], m2[0, c] / (outer * inner), weight[c], bias[c], eps)
-            _fill(hi, i * inner, inner, k[0])
-            _fill(a, i * inner, inner, k[1])
-            _fill(b, i * inner, inner, k[2])
+            v = _coefficients(x, mean[0, c], m2[0, c] / (outer * inner), weight[c], bias[c], eps)
+            _fill(hi, i * inner, inner, v[0])
+            _fill(a, i * inner, inner, v[1])
+            _fill(b, i * inner, inner, v[2])
+        vs = splat(x, slope)
         for end in range(last, first, -BLOCK_ROWS):
             row = max(end - BLOCK_ROWS, first)
-            _normalize_columns(x, y, origin + row * stride, end - row, stride, width * inner, hi, a, b, streaming)
+            start = origin + row * stride
+            _normalize(y, start, end - row, stride, width * inner, stride, streaming, x, added, hi, a, b, vs)
         fence()
 
 
 @_jit
 def _backward_columns(
-    task: int, dy_: Array, x_: Array, dx_: Array, steps: int, outer: int, channels: int, inner: int,
-    group: int, extent: int, chunk: int, chunks: int, mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array,
-    weight: Array, eps: float, streaming: int,
+    task: int, dy_: Array, x_: Array, dx_: Array, y_: Data, dz_: Data, steps: int,
+    outer: int, channels: int, inner: int, group: int, extent: int, chunk: int, chunks: int,
+    mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array, weight: Array, bias: Array, eps: float, slope: Slope,
+    streaming: int,
 ) -> None:  # fmt: skip
-    dy, x, dx = pointer(dy_), pointer(x_), pointer(dx_)
+    dy, x, dx, y, dz = pointer(dy_), pointer(x_), pointer(dx_), pointer(y_), pointer(dz_)
     channel, part = task // chunks * group, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     width, stride, origin = min(group, channels - channel), channels * inner, channel * inner
-    m, a, hi, k, c = scratch(x), scratch(x), scratch(x), scratch(x), scratch(x)
+    hi, a, b, m, k, c = scratch(x), scratch(x), scratch(x), scratch(x), scratch(x), scratch(x)
     for i in range(width):
-        _fill(hi, i * inner, inner, mean[channel + i])
+        ch = channel + i
+        v = _coefficients(x, mean[ch], var[ch], weight[ch], bias[ch], eps)
+        _fill(hi, i * inner, inner, v[0])
+        _fill(a, i * inner, inner, v[1])
+        _fill(b, i * inner, inner, v[2])
     if steps & SUM:
         sum_dy[part, channel : channel + width] = 0.0
         sum_dy_xmu[part, channel : channel + width] = 0.0
         for row in range(first, last, BLOCK_ROWS):
             _gradient_sums_columns(
-                dy, x, origin + row * stride, min(BLOCK_ROWS, last - row), stride, width, inner, hi, a, c,
-                pointer(sum_dy), pointer(sum_dy_xmu), part * channels + channel,
+                dy, x, y, dz, origin + row * stride, min(BLOCK_ROWS, last - row), stride, width, inner, hi, a, b, slope,
+                m, k, pointer(sum_dy), pointer(sum_dy_xmu), part * channels + channel,
             )  # fmt: skip
         for ch in range(channel, channel + width):
             low = mean[ch] - np.float64(rounded(x, mean[ch]))
@@ -972,47 +1248,57 @@ def _backward_columns(
     if steps & APPLY:
         for i in range(width):
             ch = channel + i
-            slope = _slopes(x, mean[ch], var[ch], weight[ch], eps, sum_dy[0, ch], sum_dy_xmu[0, ch], outer * inner)
-            _fill(m, i * inner, inner, slope[0])
-            _fill(a, i * inner, inner, slope[1])
-            _fill(k, i * inner, inner, slope[3])
-            _fill(c, i * inner, inner, slope[4])
+            scale = _scale(x, var[ch], weight[ch], eps)
+            u = _slopes(x, mean[ch], var[ch], scale, eps, sum_dy[0, ch], sum_dy_xmu[0, ch], outer * inner)
+            _fill(m, i * inner, inner, u[0])
+            _fill(k, i * inner, inner, u[1])
+            _fill(c, i * inner, inner, u[2])
+        g, vs = either(dz, dy), unless(dz, splat(x, slope))  # dz is there already, or yet to be made
         for end in range(last, first, -BLOCK_ROWS):
             row = max(end - BLOCK_ROWS, first)
-            start = origin + row * stride
-            _input_gradient_columns(dy, x, dx, start, end - row, stride, width * inner, m, a, hi, k, c, streaming)
+            _give_input_gradient(
+                dx, origin + row * stride, end - row, stride, width * inner, stride, streaming,
+                g, x, hi, a, b, m, k, c, vs,
+            )  # fmt: skip
         fence()
 
 
 # ---- eval: memory in order ----
 
 
-@_jit
-def _normalize_stretch(
-    task: int, x_: Array, y_: Array, outer: int, channels: int, inner: int, last: int, coefficients: Array,
-    streaming: int,
-) -> None:  # fmt: skip
-    """About STRETCH values with given coefficients. `last`: the array's last task, where tasks go backwards, or -1."""
-    x, y = pointer(x_), pointer(y_)
-    if last >= 0:
-        task = last - task
-    hi, a, b = coefficients[0], coefficients[1], coefficients[2]
-    if inner == 1:
-        n = max(STRETCH // channels, 1)
-        first = task * n
-        n = min(n, outer - first)
-        k = pointer(hi), pointer(a), pointer(b)
-        _normalize_columns(x, y, first * channels, n, channels, channels, k[0], k[1], k[2], streaming)
-    else:
-        n, pieces = max(STRETCH // inner, 1), (inner + STRETCH - 1) // STRETCH
-        start = task % pieces * STRETCH
-        length = min(STRETCH, inner - start)
-        first = task // pieces * n
-        for plane in range(first, min(first + n, outer * channels)):
-            c = plane % channels
-            v = np.float64(hi[c]), np.float64(a[c]), np.float64(b[c])
-            _normalize_runs(x, y, plane * inner + start, 1, 0, length, v[0], v[1], v[2], streaming)
-    fence()
+def _stretch(sweep: Callable[..., None]) -> Callable[..., None]:
+    """About STRETCH values with given coefficients.
+
+    `last`: the array's last task, where tasks go backwards, or -1. `second` is the sweep's other input, or None.
+    """
+
+    def stretch(
+        task: int, first_: Array, second_: Data, out_: Array, outer: int, channels: int, inner: int, last: int,
+        coefficients: Array, slope: Slope, streaming: int,
+    ) -> None:  # fmt: skip
+        first, second, out = pointer(first_), pointer(second_), pointer(out_)
+        if last >= 0:
+            task = last - task
+        hi, a, b, vs = coefficients[0], coefficients[1], coefficients[2], splat(first, slope)
+        if inner == 1:
+            n = max(STRETCH // channels, 1)
+            row = task * n
+            sweep(
+                out, row * channels, min(n, outer - row), channels, channels, channels, streaming,
+                first, second, pointer(hi), pointer(a), pointer(b), vs,
+            )  # fmt: skip
+        else:
+            n, pieces = max(STRETCH // inner, 1), (inner + STRETCH - 1) // STRETCH
+            start = task % pieces * STRETCH
+            length = min(STRETCH, inner - start)
+            plane = task // pieces * n
+            for p in range(plane, min(plane + n, outer * channels)):
+                c = p % channels
+                v = splat(first, np.float64(hi[c])), splat(first, np.float64(a[c])), splat(first, np.float64(b[c]))
+                sweep(out, p * inner + start, 1, 0, length, None, streaming, first, second, v[0], v[1], v[2], vs)
+        fence()
+
+    return _jit(stretch)
 
 
 # ---- drivers ----
@@ -1032,12 +1318,12 @@ def _drivers(function: Callable[..., None]) -> Drivers:
 
     def parallel(tasks: int, *args: Any) -> None:
         for task in numba.prange(tasks):
-            function(task, *args)
+            function(np.int64(task), *args)  # prange's own index is unsigned: the function would be compiled again
 
     return Drivers(_jit(serial), _parallel(parallel))
 
 
-NORMALIZE = _drivers(_normalize_stretch)
+NORMALIZE, SCALE_GRADIENT = _drivers(_stretch(_normalize)), _drivers(_stretch(_scale_gradient))
 FORWARD = {"runs": _drivers(_forward_runs), "columns": _drivers(_forward_columns)}
 BACKWARD = {"runs": _drivers(_backward_runs), "columns": _drivers(_backward_columns)}
 
@@ -1170,11 +1456,22 @@ def _streaming(y: Array, passes: int, channels: int, inner: int) -> int:
     return 0 if channels * y.itemsize % ROW_ALIGNMENT or y.ctypes.data % ROW_ALIGNMENT else ROW_ALIGNMENT
 
 
+def _flat(x: Array) -> Array:
+    """A flat view, of a type that the JIT knows: see HALF."""
+    if x.itemsize == 2:
+        x = x.view(np.uint16 if x.dtype == np.float16 else np.int16)
+    return x.reshape(-1)
+
+
 def _input(x: Array) -> Array:
     """A flat read-only view: one type for the JIT, whatever the caller's array allows."""
-    flat = x.reshape(-1)
+    flat = _flat(x)
     flat.flags.writeable = False
     return flat
+
+
+def _given(x: Array | None) -> Data:
+    return None if x is None else _input(x)
 
 
 @lru_cache(maxsize=64)
@@ -1187,51 +1484,72 @@ def _parameter(values: Array | None, channels: int, otherwise: float) -> Array:
     return _default(channels, otherwise) if values is None else _input(np.asarray(values, np.float64))
 
 
-# ---- the interface ----
+def _slope(slope: float, beside: Array | None) -> Slope:
+    """The slope in the JIT's types: see the design. `beside`: a residual, or the y that tells what became of it."""
+    if beside is not None:
+        return float(slope)
+    return None if slope == 1 else 0 if slope == 0 else float(slope)
 
 
-def _forward(
-    grid: Grid, apply: bool, x: Array, y: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array,
-    weight: Array | None, bias: Array | None, eps: float, threads: int,
-) -> None:  # fmt: skip
-    _run(
-        FORWARD[grid.kind], grid.groups * grid.chunks, threads, _input(x), y.reshape(-1), apply, outer, channels, inner,
-        grid.group, grid.extent, grid.chunk, grid.chunks, mean, m2,
-        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, _streaming(y, 2, channels, inner),
-    )  # fmt: skip
-
-
-def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array, threads: int) -> None:
-    """mean = Σx / n,  m2 = Σ(x - mean)². Writes mean and m2."""
-    grid = _grid(outer, channels, inner, x.itemsize)
-    nowhere = np.empty(0, x.dtype)
-    if grid.chunks == 1:
-        parts: Any = (mean.reshape(1, -1), m2.reshape(1, -1))
-    else:
-        parts = np.empty((2, grid.chunks, channels))
-    _forward(grid, False, x, nowhere, outer, channels, inner, parts[0], parts[1], None, None, 0.0, threads)
-    if grid.chunks > 1:
-        _merge_chunks(grid.counts, parts[0], parts[1], mean, m2)
-
-
-def normalize(
-    x: Array, y: Array, outer: int, channels: int, inner: int,
-    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, threads: int,
-    backwards: bool = False,
-) -> None:  # fmt: skip
-    """y = (x - mean) / sqrt(var + eps) · weight + bias. Writes y."""
-    a = 1.0 / np.sqrt(np.asarray(var, np.float64) + eps)
-    if weight is not None:
-        a *= weight
-    if x.itemsize == 4:
+def _coefficients_of_all(
+    x: Array, channels: int, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float
+) -> Array:
+    """`_coefficients` in the type that x is computed in, with the same bits, and room for the last vector."""
+    a = (1.0 if weight is None else weight) / np.sqrt(np.asarray(var, np.float64) + eps)
+    if x.itemsize < 8:
         np.clip(a, -LARGEST[1], LARGEST[1], out=a)  # see _within
-    coefficients = np.zeros((3, channels + 2 * VECTOR_BYTES), x.dtype)  # room for the last vector
+    coefficients = np.zeros((3, channels + 2 * VECTOR_BYTES), np.float64 if x.itemsize == 8 else np.float32)
     hi = coefficients[0, :channels]
     hi[...] = mean
     coefficients[1, :channels] = a
     a *= hi - mean
     coefficients[2, :channels] = a if bias is None else a + bias
-    streaming = _streaming(y, 2 if backwards else 1, channels, inner)
+    return coefficients
+
+
+# ---- the interface ----
+
+
+def _forward(
+    grid: Grid, apply: bool, x: Array, y: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array,
+    weight: Array | None, bias: Array | None, eps: float, added: Data, slope: Slope, threads: int,
+) -> None:  # fmt: skip
+    _run(
+        FORWARD[grid.kind], grid.groups * grid.chunks, threads, _input(x), _flat(y), added, apply,
+        outer, channels, inner, grid.group, grid.extent, grid.chunk, grid.chunks, mean, m2,
+        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, slope,
+        _streaming(y, 2, channels, inner),
+    )  # fmt: skip
+
+
+def _moments(
+    grid: Grid, x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array, added: Data, slope: Slope,
+    threads: int,
+) -> None:  # fmt: skip
+    """`added` and `slope` do nothing but choose the forward pass's compiled code, which is there or will be needed."""
+    if grid.chunks == 1:
+        parts: Any = (mean.reshape(1, -1), m2.reshape(1, -1))
+    else:
+        parts = np.empty((2, grid.chunks, channels))
+    nowhere = np.empty(0, x.dtype)
+    _forward(
+        grid, False, x, nowhere, outer, channels, inner, parts[0], parts[1], None, None, 0.0, added, slope, threads
+    )
+    if grid.chunks > 1:
+        _merge_chunks(grid.counts, parts[0], parts[1], mean, m2)
+
+
+def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array, threads: int) -> None:
+    """mean = Σx / n,  m2 = Σ(x - mean)². Writes mean and m2."""
+    grid = _grid(outer, channels, inner, x.itemsize)
+    _moments(grid, x, outer, channels, inner, mean, m2, None, None, threads)
+
+
+def _over_memory(
+    drivers: Drivers, first: Array, second: Array | None, out: Array, outer: int, channels: int, inner: int,
+    coefficients: Array, slope: Slope, backwards: bool, threads: int,
+) -> None:  # fmt: skip
+    streaming = _streaming(out, 2 if backwards else 1, channels, inner)
     if inner == 1:
         tasks = _up(outer, max(STRETCH // channels, 1))
     else:
@@ -1239,37 +1557,57 @@ def normalize(
             streaming = 0  # too few whole lines
         tasks = _up(outer * channels, max(STRETCH // inner, 1)) * _up(inner, STRETCH)
     _run(
-        NORMALIZE, tasks, threads, _input(x), y.reshape(-1), outer, channels, inner,
-        tasks - 1 if backwards else -1, coefficients, streaming,
+        drivers, tasks, threads, _input(first), _given(second), _flat(out), outer, channels, inner,
+        tasks - 1 if backwards else -1, coefficients, slope, streaming,
     )  # fmt: skip
+
+
+@_quiet
+def normalize(
+    x: Array, y: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    residual: Array | None, slope: float, threads: int, backwards: bool = False,
+) -> None:  # fmt: skip
+    """y = act((x - mean) / sqrt(var + eps) · weight + bias + residual). Writes y, which may be x or residual."""
+    coefficients = _coefficients_of_all(x, channels, mean, var, weight, bias, eps)
+    act = _slope(slope, residual)
+    _over_memory(NORMALIZE, x, residual, y, outer, channels, inner, coefficients, act, backwards, threads)
 
 
 def forward(
     x: Array, y: Array, outer: int, channels: int, inner: int,
-    weight: Array | None, bias: Array | None, eps: float, mean: Array, var: Array, threads: int,
+    weight: Array | None, bias: Array | None, eps: float, mean: Array, var: Array,
+    residual: Array | None, slope: float, threads: int,
 ) -> None:  # fmt: skip
     """moments, then normalize with them. Writes y, mean and var."""
     grid = _grid(outer, channels, inner, x.itemsize)
+    added, act = _given(residual), _slope(slope, residual)
     if grid.chunks == 1:
         parts: Any = mean.reshape(1, -1), var.reshape(1, -1)
-        _forward(grid, True, x, y, outer, channels, inner, parts[0], parts[1], weight, bias, eps, threads)
+        _forward(
+            grid, True, x, y, outer, channels, inner, parts[0], parts[1], weight, bias, eps, added, act, threads
+        )  # fmt: skip
         var /= outer * inner
     else:
-        moments(x, outer, channels, inner, mean, var, threads)
+        _moments(grid, x, outer, channels, inner, mean, var, added, act, threads)
         var /= outer * inner
-        normalize(x, y, outer, channels, inner, mean, var, weight, bias, eps, threads, backwards=True)
+        normalize(
+            x, y, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads, backwards=True
+        )  # fmt: skip
 
 
 def _backward(
     grid: Grid, steps: int, dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
-    mean: Array, var: Array | None, sum_dy: Array, sum_dy_xmu: Array, weight: Array | None, eps: float, threads: int,
+    mean: Array, var: Array | None, sum_dy: Array, sum_dy_xmu: Array, weight: Array | None, bias: Array | None,
+    eps: float, y: Data, dz: Data, slope: Slope, threads: int,
 ) -> None:  # fmt: skip
     _run(
         BACKWARD[grid.kind], grid.groups * grid.chunks, threads,
-        _input(dy), _input(x), dx.reshape(-1), steps, outer, channels, inner,
+        _input(dy), _input(x), _flat(dx), y, dz, steps, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, _parameter(mean, channels, 0.0),
         _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu,
-        _parameter(weight, channels, 1.0), eps, _streaming(dx, 2, channels, inner),
+        _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, slope,
+        _streaming(dx, 2, channels, inner),
     )  # fmt: skip
 
 
@@ -1281,7 +1619,10 @@ def gradient_moments(
     grid = _grid(outer, channels, inner, x.itemsize)
     nowhere = np.empty(0, x.dtype)
     parts: Any = np.empty((2, grid.chunks, channels))
-    _backward(grid, SUM, dy, x, nowhere, outer, channels, inner, mean, None, parts[0], parts[1], None, 0.0, threads)
+    _backward(
+        grid, SUM, dy, x, nowhere, outer, channels, inner, mean, None, parts[0], parts[1], None, None, 0.0,
+        None, None, None, threads,
+    )  # fmt: skip
     sum_dy[...], sum_dy_xmu[...] = parts.sum(axis=1)
 
 
@@ -1292,31 +1633,52 @@ def input_gradient(
     """dx = weight/σ · (dy - Σdy/n - x̂ · Σ(dy·x̂)/n),  x̂ = (x - mean)/σ. Writes dx."""
     grid = _grid(outer, channels, inner, x.itemsize)
     parts: Any = np.array((sum_dy, sum_dy_xmu), np.float64).reshape(2, 1, -1)
-    _backward(grid, APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, eps, threads)
+    _backward(
+        grid, APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, None, eps,
+        None, None, None, threads,
+    )  # fmt: skip
 
 
+@_quiet
 def backward(
     dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
-    mean: Array, var: Array, weight: Array | None, eps: float,
-    grad_weight: Array, grad_bias: Array, batch: bool, threads: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    grad_weight: Array, grad_bias: Array, batch: bool,
+    y: Array | None, dresidual: Array | None, slope: float, threads: int,
 ) -> None:  # fmt: skip
-    """gradient_moments, then input_gradient with them. Writes dx, grad_weight = Σ dy·x̂ and grad_bias = Σ dy.
+    """dz = dy · act'(z), then gradient_moments and input_gradient of dz.
 
-    `batch`: the statistics were the batch's own, and the gradient flows through them. Otherwise they are constants, and
-    dx = dy · weight/σ.
+    Writes dx, grad_weight = Σ dz·x̂ and grad_bias = Σ dz. `batch`: the statistics were the batch's own, and the gradient
+    flows through them. Otherwise they are constants, and dx = dz · weight/σ. `y` and `dresidual`: where a residual was
+    added before an activation, the forward pass's result, and where dz goes, which may be dy. dx may be dy, too.
     """
     grid = _grid(outer, channels, inner, x.itemsize)
-    sums: Any = np.empty((2, channels))
-    if batch and grid.chunks == 1:
-        parts = sums[:, np.newaxis]
+    if slope == 1 or y is None or dresidual is None:
+        y = dresidual = None
+    z, dz, act = _given(y), None if dresidual is None else _flat(dresidual), _slope(slope, y)
+
+    def step(steps: int, sums: Any) -> None:
+        z_bias = None if act is None else bias  # the plain form has no z
         _backward(
-            grid, SUM | APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, eps, threads
-        )
+            grid, steps, dy, x, dx, outer, channels, inner, mean, var, sums[0], sums[1], weight, z_bias, eps,
+            z, dz, act, threads,
+        )  # fmt: skip
+
+    if batch and grid.chunks == 1:
+        sums: Any = np.empty((2, 1, channels))
+        step(SUM | APPLY, sums)
+        sums = sums[:, 0]
     else:
-        gradient_moments(dy, x, outer, channels, inner, mean, sums[0], sums[1], threads)
+        parts: Any = np.empty((2, grid.chunks, channels))
+        step(SUM, parts)
+        sums = parts.sum(axis=1)
         if batch:
-            input_gradient(dy, x, dx, outer, channels, inner, mean, var, weight, eps, sums[0], sums[1], threads)
-        else:  # (dy - 0)·weight/σ + 0
-            normalize(dy, dx, outer, channels, inner, np.zeros(channels), var, weight, None, eps, threads)
+            step(APPLY, sums[:, np.newaxis])
+        elif act is None or dresidual is not None:  # (dz - 0)·weight/σ + 0
+            given, zeros = dy if dresidual is None else dresidual, np.zeros(channels)
+            normalize(given, dx, outer, channels, inner, zeros, var, weight, None, eps, None, 1.0, threads)
+        else:
+            coefficients = _coefficients_of_all(x, channels, mean, var, weight, bias, eps)
+            _over_memory(SCALE_GRADIENT, dy, x, dx, outer, channels, inner, coefficients, act, False, threads)
     grad_bias[...] = sums[0]
     grad_weight[...] = sums[1] / np.sqrt(np.asarray(var, np.float64) + eps)

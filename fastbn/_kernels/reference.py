@@ -3,10 +3,14 @@
 Every other backend computes these functions, with these arguments. The shapes, for an array of
 (outer, channels, inner) elements in C order:
 
-    x, y, dy, dx                         outer·channels·inner elements of float32 or float64
+    x, y, dy, dx, residual, dresidual    outer·channels·inner elements, all of float16, bfloat16, float32 or float64
     mean, var, m2, sum_dy, sum_dy_xmu    (channels,) float64
     weight, bias, their gradients, running statistics   (channels,) float32 or float64; weight and bias may be None
     var                                  the population variance, m2 / (outer·inner)
+    slope                                of the activation under 0: 0 for relu, 1 for none, others for leaky_relu
+
+An activation is act(z) = slope·z where z ≤ 0, and z elsewhere (for slope 0 exactly 0, also where z = -∞).
+A backward pass knows z's sign from x, by the forward pass's own formula, or from y where a residual was added.
 
 `threads` is ignored here.
 """
@@ -36,6 +40,16 @@ def has_threads() -> bool:
     return False
 
 
+def usual(x: Array, channels: int, weight: Any, bias: Any, like: Any, out: Any, others: tuple[Any, ...]) -> bool:
+    """Whether a call's arguments are as most are, so that they need no further look; False is always right."""
+    return False
+
+
+def usual_statistics(mean: Any, var: Any, channels: int) -> bool:
+    """The same for running statistics."""
+    return False
+
+
 def _channels(x: Array, outer: int, channels: int, inner: int) -> Array:
     """A float64 copy, (channels, outer·inner): a channel's values side by side, so that NumPy sums them pairwise."""
     return x.reshape(outer, channels, inner).transpose(1, 0, 2).astype(np.float64, order="C").reshape(channels, -1)
@@ -57,6 +71,15 @@ def _scale(var: Array, weight: Array | None, eps: float) -> Array:
     return scale if weight is None else scale * _column(weight)
 
 
+def _normalized(x: Array, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Array:
+    """(channels, outer·inner), in place."""
+    x -= _column(mean)
+    x *= _scale(var, weight, eps)
+    if bias is not None:
+        x += _column(bias)
+    return x
+
+
 @_quiet
 def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array, threads: int) -> None:
     """mean = Σx / n,  m2 = Σ(x - mean)², in two passes. Writes mean and m2."""
@@ -72,25 +95,25 @@ def moments(x: Array, outer: int, channels: int, inner: int, mean: Array, m2: Ar
 @_quiet
 def normalize(
     x: Array, y: Array, outer: int, channels: int, inner: int,
-    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, threads: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    residual: Array | None, slope: float, threads: int,
 ) -> None:  # fmt: skip
-    """y = (x - mean) · weight/σ + bias, σ = sqrt(var + eps). Writes y."""
-    wide = _channels(x, outer, channels, inner)
-    wide -= _column(mean)
-    wide *= _scale(var, weight, eps)
-    if bias is not None:
-        wide += _column(bias)
-    _store(y, wide, outer, channels, inner)
+    """y = act((x - mean) · weight/σ + bias + residual), σ = sqrt(var + eps). Writes y, which may be x or residual."""
+    wide = _normalized(_channels(x, outer, channels, inner), mean, var, weight, bias, eps)
+    if residual is not None:
+        wide += _channels(residual, outer, channels, inner)
+    _store(y, np.where(wide <= 0, wide * slope if slope else 0.0, wide), outer, channels, inner)
 
 
 def forward(
     x: Array, y: Array, outer: int, channels: int, inner: int,
-    weight: Array | None, bias: Array | None, eps: float, mean: Array, var: Array, threads: int,
+    weight: Array | None, bias: Array | None, eps: float, mean: Array, var: Array,
+    residual: Array | None, slope: float, threads: int,
 ) -> None:  # fmt: skip
     """moments, then normalize with them. Writes y, mean and var."""
     moments(x, outer, channels, inner, mean, var, threads)
     var /= outer * inner
-    normalize(x, y, outer, channels, inner, mean, var, weight, bias, eps, threads)
+    normalize(x, y, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
 
 
 @_quiet
@@ -124,14 +147,27 @@ def input_gradient(
 @_quiet
 def backward(
     dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
-    mean: Array, var: Array, weight: Array | None, eps: float,
-    grad_weight: Array, grad_bias: Array, batch: bool, threads: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    grad_weight: Array, grad_bias: Array, batch: bool,
+    y: Array | None, dresidual: Array | None, slope: float, threads: int,
 ) -> None:  # fmt: skip
-    """gradient_moments, then input_gradient with them. Writes dx, grad_weight = Σ dy·x̂ and grad_bias = Σ dy.
+    """dz = dy · act'(z), then gradient_moments and input_gradient of dz. Writes dx, Σ dz·x̂ and Σ dz (the gradients).
 
     `batch`: the statistics were the batch's own, and the gradient flows through them. Otherwise they are constants, and
-    dx = dy · weight/σ.
+    dx = dz · weight/σ. `y` and `dresidual`: where a residual was added before an activation, the forward pass's result,
+    and where dz goes, which may be dy. dx may be dy, too.
     """
+    if slope != 1:
+        if y is None:
+            z = _normalized(_channels(x, outer, channels, inner), mean, var, weight, bias, eps)
+        else:
+            z = _channels(y, outer, channels, inner)
+        dz = _channels(dy, outer, channels, inner)
+        dz = np.where(z <= 0, dz * slope if slope else 0.0, dz)
+        if dresidual is not None:
+            _store(dresidual, dz, outer, channels, inner)
+        dy = np.empty(outer * channels * inner)
+        _store(dy, dz, outer, channels, inner)
     sum_dy, sum_dy_xmu = np.empty(channels), np.empty(channels)
     gradient_moments(dy, x, outer, channels, inner, mean, sum_dy, sum_dy_xmu, threads)
     if batch:

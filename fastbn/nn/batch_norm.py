@@ -29,15 +29,15 @@ class BatchNorm(layers.BatchNorm):
         super().__init__(num_features, **options)
         self._y, self._dx = Buffer(), Buffer()
 
-    def __call__(self, x: Any, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Any, residual: Any = None, *, out: Array | None = None) -> Array:
         """y, in `out` or in the layer's own memory. `backward` reads x again: leave it as it is until then."""
         x = checks.data("x", x)
-        return super().__call__(x, out=_own(self._y, x) if out is None else out)
+        return super().__call__(x, residual, out=_own(self._y, x) if out is None else out)
 
-    def backward(self, dy: Any, *, out: Array | None = None) -> Array:
+    def backward(self, dy: Any, *, out: Array | None = None, out_residual: Array | None = None) -> Array:
         """dx, in `out` or in the layer's own memory, leaving `grad_weight` and `grad_bias`."""
         dy = checks.data("dy", dy)
-        return super().backward(dy, out=_own(self._dx, dy) if out is None else out)
+        return super().backward(dy, out=_own(self._dx, dy) if out is None else out, out_residual=out_residual)
 
     def parameter_gradients(self, dy: Any) -> None:
         """`grad_weight` and `grad_bias`."""

@@ -4,7 +4,8 @@
  *     merge       Chan, Golub and LeVeque (1983): two (count, mean, m2) into one, in float64
  *     normalize   y  = (x − hi)·a + b                      a = weight/σ,  hi + lo = mean,  b = bias − lo·a
  *     gradient    Σ dy,  Σ dy·(x − mean)
- *     input grad. dx = ((dy − m) − (x − hi)·k)·a + c       (../README.md derives m, k and c)
+ *     input grad. dx = ((dy − m) − (x − hi)·k)·a           (../README.md derives m and k)
+ *     activation  act(z) = z ≤ 0 ? slope·z : z;  a gradient passes it as z ≤ 0 ? slope·dy : dy
  *
  * Design:
  * - Same bits from every instruction set. Sums run in a fixed number of lanes (128 bytes' worth) or, for columns, in
@@ -17,7 +18,10 @@
  * - Two shapes of data. RUNS: a channel's values lie contiguous, `len` at a time (NCHW with large planes). COLUMNS: `rows` rows
  *   of `cols` values, where one column belongs to one channel and `inner` neighbouring columns share one (NHWC: inner = 1; NCHW
  *   with small planes: a column a pixel, so that no plane pays for a horizontal sum or a remainder).
- * - The generic code below is included once per element type T; FN(name) is name with the type in front. */
+ * - An activation costs no memory traffic: the backward pass computes z again from x, by the same formula with the same
+ *   bits, or reads its sign from y where a residual was added to it.
+ * - The generic code below is included once per type: S is what lies in memory, T what is computed in, FN(name) is name with the
+ *   type in front. Half types (float16, bfloat16) are converted vector by vector, as they are loaded and stored. */
 #ifndef FASTBN_BLOCKS_H
 #define FASTBN_BLOCKS_H
 
@@ -46,7 +50,7 @@ typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements
 
 #define BLOCK 8192                                /* elements a block of runs sums before it merges */
 #define BLOCK_ROWS 256                            /* rows a block of columns sums before it merges */
-#define MAX_COLUMNS 512                          /* columns of a tile: their sums stay in L1 */
+#define MAX_COLUMNS 1024                         /* columns of a tile: their sums stay in L1 */
 #define APART (MAX_COLUMNS + 80)                  /* vectors that are read together must not all fall into one set of L1 */
 
 /* A (count, mean, m2); counts are exact in a double up to 2⁵³. */
@@ -143,21 +147,75 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 }
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */
-typedef struct { idx channels, inner, ld; } tile_t;
+typedef struct { idx channels, inner, ld; int cached; } tile_t;
+
+/* What becomes of z, or of a gradient on its way back. ADDED (forward): a residual is added, then as LEAKY. GATED (backward): the
+ * sign of z is read from y, and what passes is written to dz. For slope 0 LEAKY gives exactly 0, also where z = −∞. */
+typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
+
+#define UNROLLED _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
 
 #define CAT_(a, b) a##b
 #define CAT(a, b) CAT_(a, b)
 
-#define T float
-#define FN(name) CAT(f32_, name)
+#include "half.h"
+
 #define LARGEST FLT_MAX
 #define TINY 1e-30                                /* mean squares under this have lost digits in T */
+#define T float
+#define BITS int32_t
+#if defined(__AVX512F__)
+#define FMSUB(a, b, c) _mm512_fmsub_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define ABOVE(z) _mm512_cmp_ps_mask((__m512)(z), _mm512_setzero_ps(), _CMP_NLE_UQ)
+#define CHOOSE(mask, a, b) _mm512_mask_mov_ps((__m512)(b), mask, (__m512)(a))
+#elif defined(__FMA__)
+#define FMSUB(a, b, c) _mm256_fmsub_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#endif
+
+#define S float
+#define FN(name) CAT(f32_, name)
 #include "blocks_generic.h"
 
-#define T double
-#define FN(name) CAT(f64_, name)
+#define S uint16_t
+#define FN(name) CAT(f16_, name)
+#define HALF(name) CAT(half_, name)
+#include "blocks_generic.h"
+
+#define S uint16_t
+#define FN(name) CAT(bf16_, name)
+#define HALF(name) CAT(brain_, name)
+#include "blocks_generic.h"
+
+#undef T
+#undef BITS
+#undef FMSUB
+#undef ABOVE
+#undef CHOOSE
+#undef LARGEST
+#undef TINY
+
 #define LARGEST DBL_MAX
 #define TINY 1e-290
+#define T double
+#define BITS int64_t
+#if defined(__AVX512F__)
+#define FMSUB(a, b, c) _mm512_fmsub_pd((__m512d)(a), (__m512d)(b), (__m512d)(c))
+#define ABOVE(z) _mm512_cmp_pd_mask((__m512d)(z), _mm512_setzero_pd(), _CMP_NLE_UQ)
+#define CHOOSE(mask, a, b) _mm512_mask_mov_pd((__m512d)(b), mask, (__m512d)(a))
+#elif defined(__FMA__)
+#define FMSUB(a, b, c) _mm256_fmsub_pd((__m256d)(a), (__m256d)(b), (__m256d)(c))
+#endif
+#define S double
+#define FN(name) CAT(f64_, name)
 #include "blocks_generic.h"
+
+#undef T
+#undef BITS
+#undef FMSUB
+#undef ABOVE
+#undef CHOOSE
+#undef LARGEST
+#undef TINY
 
 #endif

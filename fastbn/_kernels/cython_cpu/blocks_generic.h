@@ -1,155 +1,196 @@
-/* The block primitives for one element type T; blocks.h includes this once per type and says what it is. */
+/* The block primitives for one type: S in memory, T in registers; blocks.h includes this once per type and says what it is. */
 
 #define VEC FN(vec)
 #define NARROW FN(vec16)
+#define MASK FN(mask)
+#define MASK16 FN(mask16)
 #define WIDTH ((idx)(VECTOR_BYTES / sizeof(T)))   /* elements of a native vector */
 #define NARROW_WIDTH ((idx)(16 / sizeof(T)))
 #define UNIT ((idx)(UNIT_BYTES / sizeof(T)))
 #define LANES ((idx)(LANE_BYTES / sizeof(T)))
+#define LINE ((idx)(64 / sizeof(S)))              /* elements of a cache line */
 
 typedef T VEC __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
 typedef T NARROW __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+typedef BITS MASK __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+typedef BITS MASK16 __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
 
-static inline T FN(load1)(const T *p) { return *p; }
-static inline NARROW FN(load16)(const T *p) { return *(const NARROW *)p; }
-static inline VEC FN(load)(const T *p) { return *(const VEC *)p; }
-static inline void FN(store1)(T *p, T v) { *p = v; }
-static inline void FN(store16)(T *p, NARROW v) { *(NARROW *)p = v; }
-static inline void FN(store)(T *p, VEC v) { *(VEC *)p = v; }
+/* T from and to memory: coefficients and sums. */
+INLINE T FN(get1)(const T *p) { return *p; }
+INLINE NARROW FN(get16)(const T *p) { return *(const NARROW *)p; }
+INLINE VEC FN(get)(const T *p) { return *(const VEC *)p; }
+INLINE void FN(put1)(T *p, T v) { *p = v; }
+INLINE void FN(put16)(T *p, NARROW v) { *(NARROW *)p = v; }
+INLINE void FN(put)(T *p, VEC v) { *(VEC *)p = v; }
 
-/* Stores that do not read the line first; p is aligned. */
-static inline void FN(stream16)(T *p, NARROW v)
-{
-#if defined(__x86_64__)
-    _mm_stream_si128((void *)p, (__m128i)v);
+/* S from and to memory: data. */
+#ifdef HALF
+INLINE T FN(load1)(const S *p) { return HALF(load1)(p); }
+INLINE NARROW FN(load16)(const S *p) { return (NARROW)HALF(load16)(p); }
+INLINE VEC FN(load)(const S *p) { return (VEC)HALF(load)(p); }
+INLINE void FN(store1)(S *p, T v) { *p = HALF(round1)(v); }
+INLINE void FN(store16)(S *p, NARROW v) { *(halves16 *)p = HALF(round16)((floats16)v); }
+INLINE void FN(store)(S *p, VEC v) { *(halves *)p = HALF(round)((floats)v); }
 #else
-    FN(store16)(p, v);
+INLINE T FN(load1)(const S *p) { return *p; }
+INLINE NARROW FN(load16)(const S *p) { return *(const NARROW *)p; }
+INLINE VEC FN(load)(const S *p) { return *(const VEC *)p; }
+INLINE void FN(store1)(S *p, T v) { *p = v; }
+INLINE void FN(store16)(S *p, NARROW v) { *(NARROW *)p = v; }
+INLINE void FN(store)(S *p, VEC v) { *(VEC *)p = v; }
+#endif
+
+/* Stores that do not read the line first; p is aligned to the vector's bytes. */
+#if !defined(__x86_64__)
+INLINE void FN(stream16)(S *p, NARROW v) { FN(store16)(p, v); }
+INLINE void FN(stream)(S *p, VEC v) { FN(store)(p, v); }
+#elif defined(HALF)
+INLINE void FN(stream16)(S *p, NARROW v)
+{
+    long long four;
+    halves16 h = HALF(round16)((floats16)v);
+    memcpy(&four, &h, sizeof four);
+    _mm_stream_si64((void *)p, four);
+}
+INLINE void FN(stream)(S *p, VEC v)
+{
+#if defined(__AVX512F__)
+    _mm256_stream_si256((void *)p, (__m256i)HALF(round)((floats)v));
+#elif defined(__AVX2__)
+    _mm_stream_si128((void *)p, (__m128i)HALF(round)((floats)v));
+#else
+    FN(stream16)(p, v);
 #endif
 }
-
-static inline void FN(stream)(T *p, VEC v)
+#else
+INLINE void FN(stream16)(S *p, NARROW v) { _mm_stream_si128((void *)p, (__m128i)v); }
+INLINE void FN(stream)(S *p, VEC v)
 {
 #if defined(__AVX512F__)
     _mm512_stream_si512((void *)p, (__m512i)v);
 #elif defined(__AVX2__)
     _mm256_stream_si256((void *)p, (__m256i)v);
 #else
-    FN(stream16)(p, v);
+    _mm_stream_si128((void *)p, (__m128i)v);
+#endif
+}
+#endif
+
+/* a − b, by the units that multiply: a·1 − b rounds once, as a − b does. */
+INLINE T FN(less1)(T a, T b) { return a - b; }
+INLINE NARROW FN(less16)(NARROW a, NARROW b) { return a - b; }
+INLINE VEC FN(less)(VEC a, VEC b)
+{
+#ifdef FMSUB
+    VEC one = (VEC){0} + 1;
+    __asm__("" : "+v"(one)); /* lest the compiler see through it */
+    return (VEC)FMSUB(a, one, b);
+#else
+    return a - b;
 #endif
 }
 
+/* g where z > 0 (or is not a number), slope·g elsewhere, as `kind` says: an activation (g = z), and what its gradient passes. */
+INLINE T FN(gate1)(kind_t kind, T g, T z, T slope)
+{
+    if (kind == PLAIN || !(z <= 0)) return g;
+    return kind == RELU || slope == 0 ? 0 : g * slope;
+}
+#define DEFINE_GATE(W, V, M)                                                                                           \
+    INLINE V FN(gate##W)(kind_t kind, V g, V z, T slope)                                                               \
+    {                                                                                                                  \
+        if (kind == PLAIN) return g;                                                                                   \
+        const BITS keep = kind != LEAKY && slope == 0 ? 0 : -1;                                                        \
+        M under = (M)(z <= 0);                                                                                         \
+        if (kind == RELU) return (V)(~under & (M)g);                                                                   \
+        return (V)((under & keep & (M)(g * slope)) | (~under & (M)g));                                                 \
+    }
+DEFINE_GATE(16, NARROW, MASK16)
+#ifdef ABOVE
+INLINE VEC FN(gate)(kind_t kind, VEC g, VEC z, T slope)
+{
+    if (kind == PLAIN) return g;
+    const BITS keep = kind != LEAKY && slope == 0 ? 0 : -1;
+    VEC less = kind == RELU ? (VEC){0} : (VEC)((MASK)(g * slope) & keep);
+    return (VEC)CHOOSE(ABOVE(z), g, less);
+}
+#else
+DEFINE_GATE(, VEC, MASK)
+#endif
+#undef DEFINE_GATE
+
 /* Elements before p + i is aligned to `bytes`, at most len; len where it never is. */
-static inline idx FN(misaligned)(const T *p, idx len, uintptr_t bytes)
+static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
 {
     uintptr_t off = -(uintptr_t)p % bytes;
-    return off % sizeof(T) ? len : least(len, (idx)(off / sizeof(T)));
+    return off % sizeof(S) ? len : least(len, (idx)(off / sizeof(S)));
 }
 
-/* The element-wise loop: out[at] = FORMULA(load, at, i) for `rows` rows that go together, at = row·ld + i, i from 0 to len. Single
- * elements and narrow vectors until the output is aligned, whole vectors, and the same at the end: a store or load that
- * straddles two cache lines costs two. PREPARE(load, i) is what the rows have in common; AHEAD(i) asks for what the
- * hardware does not foresee. */
-#define STEP(LOAD, STORE, count)                                                                                       \
+/* Keeps the compiler from making vector code of a loop of a few turns. */
+#define ONE_BY_ONE __asm__ volatile("")
+
+/* The element-wise loop: out[at] = FORMULA(W, at, i) for `rows` rows that go together, at = row·ld + i, i from 0 to len. W names the
+ * width: single elements and narrow vectors until the output is aligned, whole vectors, and the same at the end (a store or load
+ * that straddles two cache lines costs two). PREPARE(W, i) is what the rows have in common; AHEAD(i) asks for what the hardware
+ * does not foresee. */
+#define LOAD(W) FN(load##W)
+#define GET(W) FN(get##W)
+#define GATE(W) FN(gate##W)
+#define STEP(W, STORE, count)                                                                                          \
     {                                                                                                                  \
-        PREPARE(LOAD, i)                                                                                               \
-        for (idx row = 0; row < rows; row++) STORE(out + row * ld + i, FORMULA(LOAD, row * ld + i));                   \
+        PREPARE(W, i)                                                                                                  \
+        UNROLLED for (idx row = 0; row < rows; row++) STORE(out + row * ld + i, FORMULA(W, row * ld + i));             \
         i += count;                                                                                                    \
     }
 #define SWEEP(STORE, STORE16)                                                                                          \
     {                                                                                                                  \
-        idx i = 0, few = FN(misaligned)(out, len, 16), head = FN(misaligned)(out, len, VECTOR_BYTES);                  \
-        while (i < few) STEP(FN(load1), FN(store1), 1)                                                                 \
-        while (i + NARROW_WIDTH <= head) STEP(FN(load16), STORE16, NARROW_WIDTH)                                       \
+        idx i = 0, few = FN(misaligned)(out, len, sizeof(S) * NARROW_WIDTH);                                           \
+        idx head = FN(misaligned)(out, len, sizeof(S) * WIDTH);                                                        \
+        while (i < few) { ONE_BY_ONE; STEP(1, FN(store1), 1) }                                                         \
+        while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; STEP(16, STORE16, NARROW_WIDTH) }                               \
         while (i + WIDTH <= len) {                                                                                     \
             AHEAD(i)                                                                                                   \
-            STEP(FN(load), STORE, WIDTH)                                                                               \
+            STEP(, STORE, WIDTH)                                                                                       \
         }                                                                                                              \
-        while (i + NARROW_WIDTH <= len) STEP(FN(load16), STORE16, NARROW_WIDTH)                                        \
-        while (i < len) STEP(FN(load1), FN(store1), 1)                                                                 \
+        while (i + NARROW_WIDTH <= len) { ONE_BY_ONE; STEP(16, STORE16, NARROW_WIDTH) }                                \
+        while (i < len) { ONE_BY_ONE; STEP(1, FN(store1), 1) }                                                         \
     }
 #define SWEEP_STORE SWEEP(FN(store), FN(store16))
 #define SWEEP_STREAM SWEEP(FN(stream), FN(stream16))
+
+static inline double FN(sum_of_8)(const double *t)
+{
+    return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
+}
 
 static inline double FN(sum_lanes)(const T *lane, idx n)
 {
     double t[8] = {0};
     for (idx i = 0; i < n; i += 8)
-        for (int j = 0; j < 8; j++) t[j] += (double)lane[i + j];
-    return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
+        UNROLLED for (int j = 0; j < 8; j++) t[j] += (double)lane[i + j];
+    return FN(sum_of_8)(t);
 }
 
-/* May s and q, taken in T about a pivot, stand for the block? Not where the pivot was far from the mean, nor where
- * squares overflowed (or the data is not finite) or lost digits to underflow. */
-static inline int FN(stands)(double s, double q, double m2, double count)
+/* A pivot is a value such as the data has, lest every x − pivot be rounded alike. */
+INLINE T FN(pivot_of)(T mean)
 {
-    return (q - q == 0) & (m2 >= 0.25 * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
+    S stored;
+    FN(store1)(&stored, mean);
+    return FN(load1)(&stored);
+}
+INLINE VEC FN(pivots_of)(VEC mean)
+{
+    S stored[VECTOR_BYTES / sizeof(T)];
+    FN(store)(stored, mean);
+    return FN(load)(stored);
 }
 
-/* ---- runs ------------------------------------------------------------------------------------------------- */
-
-/* Moments of a block in two sweeps of float64: right for any data, at half the speed. */
-static __attribute__((noinline)) moments_t FN(moments_runs_slow)(const T *x, block_t b)
+/* May s and q, taken in T about a pivot from `first` values, stand for the block? Not where the pivot was far from the mean (few
+ * values' mean may be further off than many's), nor where squares overflowed (or the data is not finite) or lost digits
+ * to underflow. */
+static inline int FN(stands)(double s, double q, double m2, double count, idx first)
 {
-    double count = (double)(b.runs * b.len), t[8] = {0}, s[8] = {0}, q[8] = {0};
-    for (idx r = 0; r < b.runs; r++)
-        for (idx i = 0; i < b.len; i++) t[i & 7] += (double)x[r * b.stride + i];
-    double mean = (((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]))) / count;
-    for (idx r = 0; r < b.runs; r++)
-        for (idx i = 0; i < b.len; i++) {
-            double d = (double)x[r * b.stride + i] - mean;
-            s[i & 7] += d;
-            q[i & 7] += d * d;
-        }
-    double shift = 0, m2 = 0;
-    for (int j = 0; j < 8; j++) shift += s[j], m2 += q[j];
-    m2 -= shift * (shift / count);
-    moments_t m = {count, mean + shift / count, m2 < 0 ? 0 : m2};
-    return m;
-}
-
-/* IN x: the block's first element. */
-static inline moments_t FN(moments_runs)(const T *x, block_t b)
-{
-    enum { V = LANE_BYTES / VECTOR_BYTES };
-    double first = 0;
-    idx few = least(b.len, 16);
-    for (idx i = 0; i < few; i++) first += (double)x[i];
-    T pivot = (T)(first / (double)few);
-
-    VEC s[V] = {{0}}, q[V] = {{0}};
-    T tail_s[16] = {0}, tail_q[16] = {0};
-    const idx next = b.runs > 1 ? b.stride : 0; /* the hardware does not foresee the next plane */
-    for (idx r = 0; r < b.runs; r++) {
-        const T *run = x + r * b.stride;
-        idx i = 0;
-        for (; i + LANES <= b.len; i += LANES) {
-            for (int l = 0; next && l < 2; l++) __builtin_prefetch(run + next + i + l * UNIT);
-            for (int v = 0; v < V; v++) {
-                VEC d = FN(load)(run + i + v * WIDTH) - pivot;
-                s[v] += d;
-                q[v] += d * d;
-            }
-        }
-        if (i + UNIT <= b.len) {
-            for (int v = 0; v < VECTORS_A_UNIT; v++) {
-                VEC d = FN(load)(run + i + v * WIDTH) - pivot;
-                s[v] += d;
-                q[v] += d * d;
-            }
-            i += UNIT;
-        }
-        for (idx j = 0; j < b.len - i; j++) {
-            T d = run[i + j] - pivot;
-            tail_s[j] += d;
-            tail_q[j] += d * d;
-        }
-    }
-    double sum = FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16);
-    double squares = FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16);
-    double count = (double)(b.runs * b.len), shift = sum / count, m2 = squares - sum * shift;
-    if (!FN(stands)(sum, squares, m2, count)) return FN(moments_runs_slow)(x, b);
-    moments_t m = {count, (double)pivot + shift, m2};
-    return m;
+    return (q - q == 0) & (m2 >= (first < 16 ? 0.25 : 0.5) * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
 }
 
 /* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */
@@ -169,128 +210,281 @@ static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, dou
     k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
 }
 
+/* What the input gradient needs beside them: dx = ((dy − m) − (x − hi)·k)·a. */
+typedef struct { FN(coefs) v; T *m, *k; } FN(slopes);
+
+static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, double eps, double dy, double dy_xmu,
+                                 double count)
+{
+    double k = dy_xmu / count / (var + eps);
+    g.k[c] = (T)k;
+    g.m[c] = (T)(dy / count - (mean - (double)g.v.hi[c]) * k);
+}
+
+/* What a gradient step reads and writes beside dy and x: see kind_t. */
+typedef struct { kind_t kind; T slope; const S *y; S *dz; } FN(gate_t);
+
+/* dz of W elements: dy, as far as the activation passed it. d is x − hi. */
+#define DZ(W, at, d, a, b)                                                                                             \
+    GATE(W)(gate.kind, LOAD(W)(dy + (at)),                                                                             \
+            gate.kind == PLAIN   ? LOAD(W)(dy + (at))                                                                  \
+            : gate.kind == GATED ? LOAD(W)(gate.y + (at))                                                              \
+                                 : (__typeof__(LOAD(W)(dy)))((d) * (a) + (b)),                                         \
+            gate.slope)
+
+/* ---- runs ------------------------------------------------------------------------------------------------- */
+
+/* Moments of a block in two sweeps of float64: right for any data, at half the speed. Run by run, so that no sum is of many terms. */
+static __attribute__((noinline)) moments_t FN(moments_runs_slow)(const S *x, block_t b)
+{
+    double count = (double)(b.runs * b.len), s[8] = {0}, q[8] = {0}, mean = 0;
+    for (int sweep = 0; sweep < 2; sweep++) {
+        memset(s, 0, sizeof s);
+        for (idx r = 0; r < b.runs; r++) {
+            double run_s[8] = {0}, run_q[8] = {0};
+            for (idx i = 0; i < b.len; i++) {
+                double d = (double)FN(load1)(x + r * b.stride + i) - mean;
+                run_s[i & 7] += d;
+                run_q[i & 7] += d * d;
+            }
+            s[r & 7] += FN(sum_of_8)(run_s);
+            if (sweep) q[r & 7] += FN(sum_of_8)(run_q);
+        }
+        if (!sweep) mean = FN(sum_of_8)(s) / count;
+    }
+    double shift = FN(sum_of_8)(s), m2 = FN(sum_of_8)(q) - shift * (shift / count);
+    moments_t m = {count, mean + shift / count, m2 < 0 ? 0 : m2};
+    return m;
+}
+
+/* IN x: the block's first element. */
+static inline moments_t FN(moments_runs)(const S *x, block_t b)
+{
+    enum { V = LANE_BYTES / VECTOR_BYTES };
+    double first = 0;
+    idx few = least(b.len, 16);
+    for (idx i = 0; i < few; i++) first += (double)FN(load1)(x + i);
+    T pivot = FN(pivot_of)((T)(first / (double)few));
+
+    VEC s[V] = {{0}}, q[V] = {{0}};
+    T tail_s[16] = {0}, tail_q[16] = {0};
+    const idx next = b.runs > 1 ? b.stride : 0; /* the hardware does not foresee the next plane */
+    for (idx r = 0; r < b.runs; r++) {
+        const S *run = x + r * b.stride;
+        idx i = 0;
+        for (; i + LANES <= b.len; i += LANES) {
+            for (idx l = 0; next && l < LANES; l += LINE) __builtin_prefetch(run + next + i + l);
+            UNROLLED for (int v = 0; v < V; v++) {
+                VEC d = FN(less)(FN(load)(run + i + v * WIDTH), (VEC){0} + pivot);
+                s[v] += d;
+                q[v] += d * d;
+            }
+        }
+        if (i + UNIT <= b.len) {
+            UNROLLED for (int v = 0; v < VECTORS_A_UNIT; v++) {
+                VEC d = FN(less)(FN(load)(run + i + v * WIDTH), (VEC){0} + pivot);
+                s[v] += d;
+                q[v] += d * d;
+            }
+            i += UNIT;
+        }
+        for (idx j = 0; j < b.len - i; j++) {
+            T d = FN(load1)(run + i + j) - pivot;
+            tail_s[j] += d;
+            tail_q[j] += d * d;
+        }
+    }
+    double sum = FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16);
+    double squares = FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16);
+    double count = (double)(b.runs * b.len), shift = sum / count, m2 = squares - sum * shift;
+    if (!FN(stands)(sum, squares, m2, count, few)) return FN(moments_runs_slow)(x, b);
+    moments_t m = {count, (double)pivot + shift, m2};
+    return m;
+}
+
 #define NOTHING(...)
 
-/* IN x, OUT y: one run of channel c. out may be x. */
-static inline void FN(apply_run)(const T *x, T *out, idx len, FN(coefs) v, idx c, int streaming)
+/* Asks for what lies `ahead` elements on (0: the hardware foresees it), once a line: what a step needs soon, or, where a tile's
+ * data is in cache and the step only writes to memory, the next tile. */
+INLINE void FN(ask_ahead)(const S *p, idx i, idx ahead)
+{
+    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i, 0, 2);
+}
+
+INLINE void FN(ask_to_write)(const S *p, idx i, idx ahead)
+{
+    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i, 1, 2);
+}
+
+/* z of W elements, and what becomes of it. */
+#define Y(W, at, hi, a, b)                                                                                             \
+    GATE(W)(kind, Z(W, at, hi, a, b), Z(W, at, hi, a, b), slope)
+#define Z(W, at, hi, a, b)                                                                                             \
+    (kind == ADDED ? ((LOAD(W)(x + (at)) - hi) * a + b) + LOAD(W)(added + (at)) : (LOAD(W)(x + (at)) - hi) * a + b)
+
+/* IN x, added (or NULL), OUT y: one run of channel c. out may be x or added. */
+INLINE void FN(apply_run_as)(kind_t kind, const S *x, const S *added, S *out, idx len, FN(coefs) v, idx c, T slope,
+                             int streaming, idx ahead)
 {
     const idx rows = 1, ld = 0;
     const T hi = v.hi[c], a = v.a[c], b = v.b[c];
-#define AHEAD NOTHING
+#define AHEAD(i)                                                                                                       \
+    FN(ask_ahead)(x, i, ahead);                                                                                        \
+    if (kind == ADDED) FN(ask_ahead)(added, i, ahead);
 #define PREPARE NOTHING
-#define FORMULA(load, i) (load(x + i) - hi) * a + b
+#define FORMULA(W, i) Y(W, i, hi, a, b)
     if (streaming) SWEEP_STREAM else SWEEP_STORE
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
+}
+
+static void FN(apply_run)(kind_t kind, const S *x, const S *added, S *out, idx len, FN(coefs) v, idx c, T slope,
+                          int streaming, idx ahead)
+{
+    switch (kind) {
+    case PLAIN: FN(apply_run_as)(PLAIN, x, added, out, len, v, c, slope, streaming, ahead); break;
+    case RELU: FN(apply_run_as)(RELU, x, added, out, len, v, c, slope, streaming, ahead); break;
+    case LEAKY: FN(apply_run_as)(LEAKY, x, added, out, len, v, c, slope, streaming, ahead); break;
+    default: FN(apply_run_as)(ADDED, x, added, out, len, v, c, slope, streaming, ahead);
+    }
 }
 
 /* Gradient sums of a block about hi, in the data's type or, where that overflowed, in float64. */
 typedef struct { double dy, dy_x; } FN(sums);
 
-static __attribute__((noinline)) FN(sums) FN(gradient_runs_slow)(const T *dy, const T *x, block_t b, T hi)
+static __attribute__((noinline)) FN(sums) FN(gradient_runs_slow)(FN(gate_t) gate, const S *dy, const S *x, block_t b,
+                                                                FN(coefs) v, idx c)
 {
     FN(sums) t = {0, 0};
+    if (gate.kind == GATED) { /* dz is there, and dy may be no more */
+        gate.kind = PLAIN;
+        dy = gate.dz;
+    }
     for (idx r = 0; r < b.runs; r++)
         for (idx i = r * b.stride; i < r * b.stride + b.len; i++) {
-            t.dy += (double)dy[i];
-            t.dy_x += (double)dy[i] * ((double)x[i] - (double)hi);
+            double d = (double)FN(load1)(x + i) - (double)v.hi[c];
+            T dz = DZ(1, i, FN(load1)(x + i) - v.hi[c], v.a[c], v.b[c]);
+            t.dy += (double)dz;
+            t.dy_x += (double)dz * d;
         }
     return t;
 }
 
-static inline FN(sums) FN(gradient_runs)(const T *dy, const T *x, block_t b, T hi)
+INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, block_t b, FN(coefs) v, idx c)
 {
     enum { V = LANE_BYTES / VECTOR_BYTES };
+    const T hi = v.hi[c], sa = v.a[c], sb = v.b[c];
     VEC s[V] = {{0}}, q[V] = {{0}};
     T tail_s[16] = {0}, tail_q[16] = {0};
     const idx next = b.runs > 1 ? b.stride : 0; /* the hardware does not foresee the next plane */
+#define UNITS(n)                                                                                                       \
+    UNROLLED for (int u = 0; u < (n); u++) {                                                                           \
+        idx at = r * b.stride + i + u * WIDTH;                                                                         \
+        VEC d = FN(less)(FN(load)(x + at), (VEC){0} + hi), g = DZ(, at, d, sa, sb);                                    \
+        if (gate.kind == GATED) FN(store)(gate.dz + at, g);                                                            \
+        s[u] += g;                                                                                                     \
+        q[u] += g * d;                                                                                                 \
+    }
     for (idx r = 0; r < b.runs; r++) {
-        const T *run = x + r * b.stride, *grad = dy + r * b.stride;
         idx i = 0;
         for (; i + LANES <= b.len; i += LANES) {
-            for (int l = 0; next && l < 2; l++) {
-                __builtin_prefetch(run + next + i + l * UNIT);
-                __builtin_prefetch(grad + next + i + l * UNIT);
+            for (idx l = 0; next && l < LANES; l += LINE) {
+                __builtin_prefetch(x + (r + 1) * next + i + l);
+                __builtin_prefetch(dy + (r + 1) * next + i + l);
+                if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);
             }
-            for (int v = 0; v < V; v++) {
-                VEC g = FN(load)(grad + i + v * WIDTH);
-                s[v] += g;
-                q[v] += g * (FN(load)(run + i + v * WIDTH) - hi);
-            }
+            UNITS(V)
         }
         if (i + UNIT <= b.len) {
-            for (int v = 0; v < VECTORS_A_UNIT; v++) {
-                VEC g = FN(load)(grad + i + v * WIDTH);
-                s[v] += g;
-                q[v] += g * (FN(load)(run + i + v * WIDTH) - hi);
-            }
+            UNITS(VECTORS_A_UNIT)
             i += UNIT;
         }
         for (idx j = 0; j < b.len - i; j++) {
-            tail_s[j] += grad[i + j];
-            tail_q[j] += grad[i + j] * (run[i + j] - hi);
+            idx at = r * b.stride + i + j;
+            T d = FN(load1)(x + at) - hi, g = DZ(1, at, d, sa, sb);
+            if (gate.kind == GATED) FN(store1)(gate.dz + at, g);
+            tail_s[j] += g;
+            tail_q[j] += g * d;
         }
     }
+#undef UNITS
     FN(sums) t = {FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16),
                   FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16)};
     double probe = t.dy + t.dy_x;
-    return probe - probe == 0 ? t : FN(gradient_runs_slow)(dy, x, b, hi);
+    return probe - probe == 0 ? t : FN(gradient_runs_slow)(gate, dy, x, b, v, c);
 }
 
-/* What the input gradient needs: dx = ((dy − m) − (x − hi)·k)·a + c, a value a channel (or a column). */
-typedef struct { T *m, *a, *hi, *k, *c; } FN(slopes);
-
-static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, double weight, double eps, double dy,
-                                 double dy_xmu, double count)
+/* IN dy, x: a block of channel c. OUT gate.dz, if GATED. */
+static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, block_t b, FN(coefs) v, idx c)
 {
-    double a = FN(within)(weight * inverse_std(var, eps)), k = dy_xmu / count / (var + eps), m = dy / count;
-    g.m[c] = (T)m;
-    g.a[c] = (T)a;
-    g.hi[c] = (T)mean;
-    g.k[c] = (T)k;
-    g.c[c] = (T)(a * ((mean - (double)g.hi[c]) * k - (m - (double)g.m[c])));
+    FN(gate_t) g = gate;
+    switch (gate.kind) {
+    case PLAIN: g.kind = PLAIN; return FN(gradient_runs_as)(g, dy, x, b, v, c);
+    case RELU: g.kind = RELU; return FN(gradient_runs_as)(g, dy, x, b, v, c);
+    case LEAKY: g.kind = LEAKY; return FN(gradient_runs_as)(g, dy, x, b, v, c);
+    default: g.kind = GATED; return FN(gradient_runs_as)(g, dy, x, b, v, c);
+    }
 }
 
-/* IN dy, x, OUT dx: one run of channel ch. out may be dy or x. */
-static inline void FN(slope_run)(const T *dy, const T *x, T *out, idx len, FN(slopes) g, idx ch, int streaming)
+/* IN dy, x, OUT dx: one run of channel c; with fixed statistics (not `batch`) dx = dz·a. out may be dy or x. */
+INLINE void FN(slope_run_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx len, FN(slopes) g, idx ch,
+                             int streaming, idx ahead)
 {
     const idx rows = 1, ld = 0;
-    const T m = g.m[ch], a = g.a[ch], hi = g.hi[ch], k = g.k[ch], c = g.c[ch];
-#define AHEAD NOTHING
+    const T hi = g.v.hi[ch], a = g.v.a[ch], b = g.v.b[ch];
+    const T m = batch ? g.m[ch] : 0, k = batch ? g.k[ch] : 0;
+#define AHEAD(i) FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);
 #define PREPARE NOTHING
-#define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
-    if (streaming) SWEEP_STREAM else SWEEP_STORE
+#define FORMULA(W, i) ((DZ(W, i, LOAD(W)(x + i) - hi, a, b) - m) - (LOAD(W)(x + i) - hi) * k) * a
+    if (batch) {
+        if (streaming) SWEEP_STREAM else SWEEP_STORE
+    }
+#undef FORMULA
+#define FORMULA(W, i) DZ(W, i, LOAD(W)(x + i) - hi, a, b) * a
+    else {
+        if (streaming) SWEEP_STREAM else SWEEP_STORE
+    }
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
 }
 
-/* IN dy, OUT dx: one run with fixed statistics, dx = dy·a; x is not read. */
-static inline void FN(scale_run)(const T *dy, T *out, idx len, T a, int streaming)
+static void FN(slope_run)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx len, FN(slopes) g, idx ch,
+                          int streaming, idx ahead)
 {
-    const idx rows = 1, ld = 0;
-#define AHEAD NOTHING
-#define PREPARE NOTHING
-#define FORMULA(load, i) load(dy + i) * a
-    if (streaming) SWEEP_STREAM else SWEEP_STORE
-#undef FORMULA
-#undef AHEAD
-#undef PREPARE
+    FN(gate_t) as = gate;
+    switch (gate.kind) {
+    case PLAIN: as.kind = PLAIN; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
+    case RELU: as.kind = RELU; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
+    default: as.kind = LEAKY; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead);
+    }
 }
 
-/* IN a, b, OUT out: out = a, or a + b where there is a b. What memory allows: the measure of everything above. */
-static void FN(copy_or_add_run)(const T *a, const T *b, T *out, idx len, int streaming)
+/* IN a, b, OUT out: out = a, or a + b where there is a b; without out they are only read. What memory allows: the measure of
+ * everything above. */
+static volatile T FN(seen);
+
+static void FN(copy_or_add_run)(const S *a, const S *b, S *out, idx len, int streaming)
 {
     const idx rows = 1, ld = 0;
+    if (!out) {
+        VEC seen = {0};
+        for (idx i = 0; i + WIDTH <= len; i += WIDTH) {
+            seen += FN(load)(a + i);
+            if (b) seen += FN(load)(b + i);
+        }
+        FN(seen) = seen[0];
+        return;
+    }
 #define AHEAD NOTHING
 #define PREPARE NOTHING
-#define FORMULA(load, i) load(a + i)
+#define FORMULA(W, i) LOAD(W)(a + i)
     if (!b) {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
 #undef FORMULA
-#define FORMULA(load, i) load(a + i) + load(b + i)
+#define FORMULA(W, i) LOAD(W)(a + i) + LOAD(W)(b + i)
     else {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
@@ -302,7 +496,7 @@ static void FN(copy_or_add_run)(const T *a, const T *b, T *out, idx len, int str
 /* ---- columns ---------------------------------------------------------------------------------------------- */
 
 /* One channel of a block of columns in two sweeps of float64. */
-static __attribute__((noinline)) void FN(moments_column_slow)(const T *x, idx rows, tile_t t, idx c, double *mean,
+static __attribute__((noinline)) void FN(moments_column_slow)(const S *x, idx rows, tile_t t, idx c, double *mean,
                                                               double *m2)
 {
     block_t b = {0, rows, t.ld, t.inner};
@@ -334,48 +528,80 @@ static void FN(spread_columns)(const T *channel, tile_t t, T *column)
 }
 
 /* Pivots: the mean of four rows, or of some of the channel's columns in the first row; for a constant channel, its value. */
-static void FN(pivots)(const T *x, idx rows, tile_t t, T *pivot)
+static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
 {
-    const T *x1 = x + t.ld, *x2 = x1 + t.ld, *x3 = x2 + t.ld, quarter = (T)0.25;
+    const S *x1 = x + t.ld, *x2 = x1 + t.ld, *x3 = x2 + t.ld;
+    const T quarter = (T)0.25;
     if (t.inner > 1)
         for (idx c = 0; c < t.channels; c++) {
-            const T *row = x + c * t.inner;
-            T mean = t.inner < 16 ? row[0] : (T)(FN(sum_lanes)(row, 16) / 16);
+            T row[16];
+            const idx few = t.inner < 16 ? 1 : 16;
+            for (idx j = 0; j < few; j++) row[j] = FN(load1)(x + c * t.inner + j);
+            T mean = t.inner < 16 ? row[0] : FN(pivot_of)((T)(FN(sum_lanes)(row, 16) / 16));
             for (idx j = 0; j < t.inner; j++) pivot[c * t.inner + j] = mean;
         }
-    else if (rows >= 4)
-        for (idx k = 0; k < t.channels; k++)
-            pivot[k] = (quarter * x[k] + quarter * x1[k]) + (quarter * x2[k] + quarter * x3[k]);
-    else
-        memcpy(pivot, x, (size_t)t.channels * sizeof(T));
+    else if (rows >= 4) {
+        idx k = 0;
+        for (; k + WIDTH <= t.channels; k += WIDTH)
+            FN(put)(pivot + k, FN(pivots_of)((quarter * FN(load)(x + k) + quarter * FN(load)(x1 + k)) +
+                                             (quarter * FN(load)(x2 + k) + quarter * FN(load)(x3 + k))));
+        for (; k < t.channels; k++)
+            pivot[k] = FN(pivot_of)((quarter * FN(load1)(x + k) + quarter * FN(load1)(x1 + k)) +
+                                    (quarter * FN(load1)(x2 + k) + quarter * FN(load1)(x3 + k)));
+    } else
+        for (idx k = 0; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
 }
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what comes 8 KiB and more later is asked
- * for, line after line where the tile is the whole row, else row by row. */
+ * for, line after line where the tile is the whole row, else row by row. In cache that only costs. */
 static inline idx FN(rows_ahead)(tile_t t)
 {
-    idx row = t.ld * (idx)sizeof(T);
+    idx row = t.ld * (idx)sizeof(S);
     return row >= 2048 ? 4 : 4 * ((8192 + 4 * row - 1) / (4 * row));
 }
 
 /* (always_inline: gcc drops calls of a function that does nothing but prefetch.) */
-static inline __attribute__((always_inline)) void FN(ask)(const T *row, idx k, tile_t t, idx rows_ahead)
+INLINE void FN(ask)(const S *row, idx k, tile_t t, idx rows_ahead)
 {
-    const T *later = row + rows_ahead * t.ld;
+    const S *later = row + rows_ahead * t.ld;
+    if (t.cached) return;
     if (t.channels * t.inner == t.ld)
-        for (int l = 0; l < 4 * VECTOR_BYTES; l += 64) __builtin_prefetch((const char *)(later + 4 * k) + l, 0, 2);
+        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * k + l, 0, 2);
     else
-        for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
+        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
 }
 
 #define TREE(v) ((v[0] + v[1]) + (v[2] + v[3]))
 
+/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where rows are short or all lie differently.
+ * Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read. */
+static inline idx FN(unaligned_columns)(const S *x, idx cols, idx ld)
+{
+    idx head = FN(misaligned)(x, cols, sizeof(S) * WIDTH);
+    return cols >= 256 && ld % WIDTH == 0 && head < cols ? head : 0;
+}
+
+/* k over all columns, as SWEEP goes over a run. ASK(k) comes before whole vectors. */
+#define SWEEP_COLUMNS(COLUMN, ASK)                                                                                     \
+    {                                                                                                                  \
+        idx k = 0;                                                                                                     \
+        for (; k < head % NARROW_WIDTH; k++) { ONE_BY_ONE; COLUMN(1, T) }                                              \
+        for (; k < head; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                                         \
+        for (; k + WIDTH <= cols; k += WIDTH) {                                                                        \
+            ASK(k)                                                                                                     \
+            COLUMN(, VEC)                                                                                              \
+        }                                                                                                              \
+        for (; k + NARROW_WIDTH <= cols; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                         \
+        for (; k < cols; k++) { ONE_BY_ONE; COLUMN(1, T) }                                                             \
+    }
+
 /* IN x: `rows` ≤ BLOCK_ROWS rows of the tile. OUT mean, m2: a value a channel. */
-static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, double *m2)
+static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, double *m2)
 {
     T pivot[APART], s[APART], q[APART];
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     idx cols = t.channels * t.inner, r = 0;
+    const idx head = FN(unaligned_columns)(x, cols, t.ld);
     double count = (double)(rows * t.inner), inverse = 1.0 / count;
 
     FN(pivots)(x, rows, t, pivot);
@@ -383,30 +609,31 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
     memset(q, 0, (size_t)cols * sizeof(T));
     idx ahead = FN(rows_ahead)(t);
     for (; r + 4 <= rows; r += 4) { /* four rows at a time, added up as a tree */
-        const T *row = x + r * t.ld;
-        idx k = 0;
-        for (; k + WIDTH <= cols; k += WIDTH) {
-            VEC p = FN(load)(pivot + k), d[4], e[4];
-            FN(ask)(row, k, t, ahead);
-            for (int j = 0; j < 4; j++) d[j] = FN(load)(row + j * t.ld + k) - p;
-            for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];
-            FN(store)(s + k, FN(load)(s + k) + TREE(d));
-            FN(store)(q + k, FN(load)(q + k) + TREE(e));
-        }
-        for (; k < cols; k++) {
-            T d[4], e[4];
-            for (int j = 0; j < 4; j++) d[j] = row[j * t.ld + k] - pivot[k];
-            for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];
-            s[k] += TREE(d);
-            q[k] += TREE(e);
-        }
+        const S *row = x + r * t.ld;
+#define ASK(k) FN(ask)(row, k, t, ahead);
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
+        UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(row + j * t.ld + k), p);                       \
+        UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];                                                       \
+        FN(put##W)(s + k, GET(W)(s + k) + TREE(d));                                                                    \
+        FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    for (; r < rows; r++)
-        for (idx k = 0; k < cols; k++) {
-            T d = x[r * t.ld + k] - pivot[k];
-            s[k] += d;
-            q[k] += d * d;
-        }
+        SWEEP_COLUMNS(COLUMN, ASK)
+#undef COLUMN
+    }
+    for (; r < rows; r++) {
+        const S *row = x + r * t.ld;
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        V d = FN(less##W)(LOAD(W)(row + k), GET(W)(pivot + k));                                                        \
+        FN(put##W)(s + k, GET(W)(s + k) + d);                                                                          \
+        FN(put##W)(q + k, GET(W)(q + k) + d * d);                                                                      \
+    }
+        SWEEP_COLUMNS(COLUMN, NOTHING)
+#undef COLUMN
+#undef ASK
+    }
 
     FN(fold_columns)(s, t, sum);
     FN(fold_columns)(q, t, squares);
@@ -415,19 +642,18 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
         double shift = sum[c] * inverse;
         mean[c] = (double)pivot[c * t.inner] + shift;
         m2[c] = squares[c] - sum[c] * shift;
-        doubtful |= !FN(stands)(sum[c], squares[c], m2[c], count);
+        doubtful |= !FN(stands)(sum[c], squares[c], m2[c], count, t.inner);
     }
     if (doubtful)
         for (idx c = 0; c < t.channels; c++)
-            if (!FN(stands)(sum[c], squares[c], m2[c], count)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
+            if (!FN(stands)(sum[c], squares[c], m2[c], count, t.inner)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
-/* Rows [0, all) of a tile, one by one: memory is read and written in order, and the next 2 KiB are asked for. Where the tensors are in
- * cache, short rows that lie one behind the other go four at a time and share a load of the coefficients. (Not rows
- * apart by pages, which would meet in one set of L1.) */
+/* Rows [0, all) of a tile. From memory one by one: it is read and written in order. Where the tensors are in cache, four at a time,
+ * which share a load of the coefficients. */
 #define EACH_ROW(SHIFT)                                                                                                \
     idx r = 0;                                                                                                         \
-    if (cached && len == ld && ld * (idx)sizeof(T) <= 2048)                                                        \
+    if (cached && (len != ld || ld * (idx)sizeof(S) <= 2048))                                                          \
         for (const idx rows = 4; r + 4 <= all; r += 4) {                                                               \
             SWEEP_STORE                                                                                                \
             SHIFT(4)                                                                                                   \
@@ -437,22 +663,20 @@ static void FN(moments_columns)(const T *x, idx rows, tile_t t, double *mean, do
         SHIFT(1)                                                                                                       \
     }
 
-static inline __attribute__((always_inline)) void FN(ask_rows)(const T *p, idx i, idx rows, idx ld, idx len)
-{
-    if (rows == 1) __builtin_prefetch(p + (len == ld ? 2048 / (idx)sizeof(T) : ld) + i);
-    else
-        for (int l = 0; l < 4 * VECTOR_BYTES; l += 64) __builtin_prefetch((const char *)(p + 4 * ld + 4 * i) + l);
-}
-
-/* IN x, OUT y: `all` rows of `len` columns. out may be x. */
-static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(coefs) v, int streaming,
-                             int cached)
+/* IN x, added (or NULL), OUT y: `all` rows of `len` columns. out may be x or added. */
+INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
+                                 T slope, int streaming, int cached, idx ahead)
 {
     const T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
-#define SHIFT(n) x += n * ld, out += n * ld;
-#define PREPARE(load, i) __typeof__(load(his)) hi = load(his + i), a = load(as + i), b = load(bs + i);
-#define AHEAD(i) FN(ask_rows)(x, i, rows, ld, len);
-#define FORMULA(load, i) (load(x + i) - hi) * a + b
+#define SHIFT(n) x += n * ld, added += kind == ADDED ? n * ld : 0, out += n * ld;
+#define PREPARE(W, i) __typeof__(GET(W)(his)) hi = GET(W)(his + i), a = GET(W)(as + i), b = GET(W)(bs + i);
+#define AHEAD(i)                                                                                                       \
+    if (rows == 1) {                                                                                                   \
+        FN(ask_ahead)(x, i, ahead);                                                                                    \
+        if (kind == ADDED) FN(ask_ahead)(added, i, ahead);                                                             \
+        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
+    }
+#define FORMULA(W, i) Y(W, i, hi, a, b)
     EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
@@ -460,39 +684,58 @@ static void FN(apply_columns)(const T *x, T *out, idx all, idx ld, idx len, FN(c
 #undef SHIFT
 }
 
-/* IN dy, x: `rows` ≤ BLOCK_ROWS rows of the tile; hi: a value a column. OUT sums of dy and dy·(x − hi), a value a channel. */
-static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, const T *hi, double *sum_dy, double *sum_dy_x)
+static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
+                              T slope, int streaming, int cached, idx ahead)
+{
+    switch (kind) {
+    case PLAIN: FN(apply_columns_as)(PLAIN, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
+    case RELU: FN(apply_columns_as)(RELU, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
+    case LEAKY: FN(apply_columns_as)(LEAKY, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
+    default: FN(apply_columns_as)(ADDED, x, added, out, all, ld, len, v, slope, streaming, cached, ahead);
+    }
+}
+
+INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
+                                    double *sum_dy, double *sum_dy_x)
 {
     T s[APART], q[APART];
     idx cols = t.channels * t.inner, r = 0;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     idx ahead = FN(rows_ahead)(t);
-    for (; r + 4 <= rows; r += 4) {
-        const T *row = x + r * t.ld, *grad = dy + r * t.ld;
-        idx k = 0;
-        for (; k + WIDTH <= cols; k += WIDTH) {
-            VEC h = FN(load)(hi + k), g[4], e[4];
-            FN(ask)(row, k, t, ahead);
-            FN(ask)(grad, k, t, ahead);
-            for (int j = 0; j < 4; j++) g[j] = FN(load)(grad + j * t.ld + k);
-            for (int j = 0; j < 4; j++) e[j] = g[j] * (FN(load)(row + j * t.ld + k) - h);
-            FN(store)(s + k, FN(load)(s + k) + TREE(g));
-            FN(store)(q + k, FN(load)(q + k) + TREE(e));
-        }
-        for (; k < cols; k++) {
-            T g[4], e[4];
-            for (int j = 0; j < 4; j++) g[j] = grad[j * t.ld + k];
-            for (int j = 0; j < 4; j++) e[j] = g[j] * (row[j * t.ld + k] - hi[k]);
-            s[k] += TREE(g);
-            q[k] += TREE(e);
-        }
+    const idx head = FN(unaligned_columns)(x, cols, t.ld);
+#define ASK(k)                                                                                                         \
+    FN(ask)(x + r * t.ld, k, t, ahead);                                                                                \
+    FN(ask)(dy + r * t.ld, k, t, ahead);                                                                               \
+    if (gate.kind == GATED) FN(ask)(gate.y + r * t.ld, k, t, ahead);
+#define ROWS(W, n, V)                                                                                                  \
+    V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
+    UNROLLED for (int j = 0; j < n; j++) {                                                                             \
+        idx at = (r + j) * t.ld + k;                                                                                   \
+        V d = FN(less##W)(LOAD(W)(x + at), h);                                                                         \
+        g[j] = DZ(W, at, d, a, b);                                                                                     \
+        e[j] = g[j] * d;                                                                                               \
+        if (gate.kind == GATED) FN(store##W)(gate.dz + at, g[j]);                                                      \
     }
-    for (; r < rows; r++)
-        for (idx k = 0; k < cols; k++) {
-            s[k] += dy[r * t.ld + k];
-            q[k] += dy[r * t.ld + k] * (x[r * t.ld + k] - hi[k]);
-        }
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        ROWS(W, 4, V)                                                                                                  \
+        FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
+        FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
+    }
+    for (; r + 4 <= rows; r += 4) SWEEP_COLUMNS(COLUMN, ASK)
+#undef COLUMN
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        ROWS(W, 1, V)                                                                                                  \
+        FN(put##W)(s + k, GET(W)(s + k) + g[0]);                                                                       \
+        FN(put##W)(q + k, GET(W)(q + k) + e[0]);                                                                       \
+    }
+    for (; r < rows; r++) SWEEP_COLUMNS(COLUMN, NOTHING)
+#undef COLUMN
+#undef ROWS
+#undef ASK
     FN(fold_columns)(s, t, sum_dy);
     FN(fold_columns)(q, t, sum_dy_x);
     double probe = 0;
@@ -501,45 +744,89 @@ static void FN(gradient_columns)(const T *dy, const T *x, idx rows, tile_t t, co
         for (idx c = 0; c < t.channels; c++)
             if ((sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]) != 0) {
                 block_t b = {0, rows, t.ld, t.inner};
-                FN(sums) again = FN(gradient_runs_slow)(dy + c * t.inner, x + c * t.inner, b, hi[c * t.inner]);
+                FN(gate_t) mine = gate;
+                if (gate.kind == GATED) mine.dz += c * t.inner;
+                FN(sums) again = FN(gradient_runs_slow)(mine, dy + c * t.inner, x + c * t.inner, b, v, c * t.inner);
                 sum_dy[c] = again.dy;
                 sum_dy_x[c] = again.dy_x;
             }
 }
 
-/* IN dy, x, OUT dx: `all` rows of `len` columns. out may be dy or x. */
-static void FN(slope_columns)(const T *dy, const T *x, T *out, idx all, idx ld, idx len, FN(slopes) g, int streaming,
-                             int cached)
+/* IN dy, x: `rows` ≤ BLOCK_ROWS rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
+ * gate.dz, if GATED. */
+static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
+                                 double *sum_dy, double *sum_dy_x)
 {
-    const T *restrict ms = g.m, *restrict as = g.a, *restrict his = g.hi, *restrict ks = g.k, *restrict cs = g.c;
+    FN(gate_t) g = gate;
+    switch (gate.kind) {
+    case PLAIN: g.kind = PLAIN; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
+    case RELU: g.kind = RELU; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
+    case LEAKY: g.kind = LEAKY; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
+    default: g.kind = GATED; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x);
+    }
+}
+
+/* IN dy, x, OUT dx: `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out may be dy or x. */
+INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
+                                 FN(slopes) g, int streaming, int cached, idx ahead)
+{
+    const T *restrict ms = g.m, *restrict as = g.v.a, *restrict his = g.v.hi, *restrict ks = g.k;
+    const T *restrict bs = g.v.b;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
 #define SHIFT(n) x += n * ld, dy += n * ld, out += n * ld;
-#define PREPARE(load, i)                                                                                               \
-    __typeof__(load(ms)) m = load(ms + i), a = load(as + i), hi = load(his + i), k = load(ks + i), c = load(cs + i);
-#define AHEAD(i) FN(ask_rows)(x, i, rows, ld, len), FN(ask_rows)(dy, i, rows, ld, len);
-#define FORMULA(load, i) ((load(dy + i) - m) - (load(x + i) - hi) * k) * a + c
-    EACH_ROW(SHIFT)
+#define AHEAD(i)                                                                                                       \
+    if (rows == 1) {                                                                                                   \
+        FN(ask_ahead)(x, i, ahead), FN(ask_ahead)(dy, i, ahead);                                                       \
+        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
+    }
+#define PREPARE(W, i)                                                                                                  \
+    __typeof__(GET(W)(ms)) m = GET(W)(ms + i), a = GET(W)(as + i), hi = GET(W)(his + i), k = GET(W)(ks + i),           \
+                           b = needs_z ? GET(W)(bs + i) : m;
+#define FORMULA(W, i) ((DZ(W, i, FN(less##W)(LOAD(W)(x + i), hi), a, b) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
+    if (batch) {
+        EACH_ROW(SHIFT)
+    }
+#undef FORMULA
+#undef PREPARE
+#undef AHEAD
+#define AHEAD(i)                                                                                                       \
+    if (rows == 1) {                                                                                                   \
+        FN(ask_ahead)(dy, i, ahead);                                                                                   \
+        if (needs_z) FN(ask_ahead)(x, i, ahead);                                                                       \
+        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
+    }
+#define PREPARE(W, i)                                                                                                  \
+    __typeof__(GET(W)(as)) a = GET(W)(as + i), hi = needs_z ? GET(W)(his + i) : a, b = needs_z ? GET(W)(bs + i) : a;
+#define FORMULA(W, i) DZ(W, i, LOAD(W)(x + i) - hi, a, b) * a
+    else {
+        EACH_ROW(SHIFT)
+    }
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
 #undef SHIFT
 }
 
-/* IN dy, OUT dx: `all` rows of `len` columns with fixed statistics, dx = dy·a. */
-static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, const T *restrict as, int streaming,
-                             int cached)
+static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
+                              FN(slopes) g, int streaming, int cached, idx ahead)
 {
-#define SHIFT(n) dy += n * ld, out += n * ld;
-#define PREPARE(load, i) __typeof__(load(as)) a = load(as + i);
-#define AHEAD(i) FN(ask_rows)(dy, i, rows, ld, len);
-#define FORMULA(load, i) load(dy + i) * a
-    EACH_ROW(SHIFT)
-#undef FORMULA
-#undef AHEAD
-#undef PREPARE
-#undef SHIFT
+    FN(gate_t) as = gate;
+    switch (gate.kind) {
+    case PLAIN: as.kind = PLAIN; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
+    case RELU: as.kind = RELU; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
+    default: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead);
+    }
 }
 
+#undef Y
+#undef Z
+#undef DZ
+#undef LOAD
+#undef GET
+#undef GATE
 #undef EACH_ROW
+#undef SWEEP_COLUMNS
+#undef ONE_BY_ONE
 #undef SWEEP_STREAM
 #undef SWEEP_STORE
 #undef SWEEP
@@ -547,12 +834,14 @@ static void FN(scale_columns)(const T *dy, T *out, idx all, idx ld, idx len, con
 #undef NOTHING
 #undef NARROW_WIDTH
 #undef NARROW
+#undef MASK
+#undef MASK16
 #undef TREE
 #undef VEC
 #undef WIDTH
 #undef UNIT
 #undef LANES
-#undef T
+#undef LINE
+#undef S
 #undef FN
-#undef TINY
-#undef LARGEST
+#undef HALF

@@ -8,6 +8,7 @@ cimport cython
 cimport numpy as np
 from cython.parallel cimport prange
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 np.import_array()
 
@@ -21,12 +22,18 @@ cdef extern from "tasks.h":
     ctypedef struct result_t:
         float *f32
         double *f64
+    ctypedef enum type_t:
+        F32, F64, F16, BF16
     ctypedef struct call_t:
-        bint f64
+        type_t type
         idx outer, channels, inner
         const void *x
         const void *dy
+        const void *added
+        const void *y
         void *out
+        void *dz
+        double slope
         param_t at_mean, at_var, weight, bias
         double eps
         bint batch
@@ -71,6 +78,7 @@ cdef extern from *:
     #define OPENMP_VERSION _OPENMP
     #else
     #define OPENMP_VERSION 0
+    static double omp_get_wtime(void) { return 0; }
     #endif
     #if defined(__x86_64__) && (__GNUC__ >= 12 || __clang_major__ >= 18)
     #define MACHINE_HAS_V3 __builtin_cpu_supports("x86-64-v3")
@@ -95,6 +103,7 @@ cdef extern from *:
     #define BUILT_FOR BASELINE_NAME
     #endif
     """
+    double omp_get_wtime() noexcept nogil
     int OPENMP_VERSION, MACHINE_HAS_V3, MACHINE_HAS_V4
     const char *BASELINE_NAME
     const char *BUILT_FOR
@@ -142,11 +151,54 @@ def set_caches(idx level2, idx last_level):
     level2_cache, last_level_cache = level2, last_level
 
 
-# Fewer elements than this are done sooner by the caller alone than by a team.
-cdef idx TEAM = 32768
-
-
 # ---- driving ----
+
+# Fewer elements than this are done sooner by the caller alone than by a team: measured once, by the first call whose size lies
+# between what never is worth a team and what always is. It moves no bit of a result.
+cdef idx FEW = 4096, MANY = 1 << 18
+cdef idx measured_team = 0
+
+
+cdef idx worth_a_team(int threads) noexcept nogil:
+    """Elements from which a team is worth its start."""
+    global measured_team
+    if measured_team == 0:
+        measured_team = measure_team(threads)
+    return measured_team
+
+
+cdef idx measure_team(int threads) noexcept nogil:
+    """From the time that a team takes to start and end, and that a thread takes over an element; the least of several each."""
+    cdef double team = 1, alone = 1, start
+    cdef int i, t
+    cdef call_t k = no_call()
+    cdef float *x = <float *>malloc(2 * FEW * sizeof(float))
+    cdef double[64] mean, var
+    cdef double[5 * 256] coefs
+    if x == NULL:
+        return MANY
+    memset(x, 0, 2 * FEW * sizeof(float))
+    k.x, k.out, k.outer, k.channels, k.inner = x, x + FEW, FEW // 64, 64, 1
+    k.mean, k.second, k.coefs = mean, var, coefs
+    k.at_mean, k.at_var, k.weight, k.bias, k.eps = param_of(mean, 0), param_of(var, 1), param_of(NULL, 1), param_of(NULL, 0), 1
+    plan(&k, 1, 1, 2)
+    for i in range(32):
+        start = omp_get_wtime()
+        forward_tile(&k, 0)
+        alone = min(alone, omp_get_wtime() - start)
+        start = omp_get_wtime()
+        for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+            walk(forward_tile, &k, 0, 0, False)
+        team = min(team, omp_get_wtime() - start)
+    free(x)
+    # A team of n saves the (n - 1)/n-th part; half as much again, lest it be lost to a neighbour.
+    return max(FEW, min(MANY, <idx>(1.5 * team / (alone / FEW) * threads / (threads - 1))))
+
+
+def team_from():
+    """Elements from which a call uses more than one thread; 0 as long as no call was in doubt."""
+    return measured_team
+
 
 cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:
     cdef int t
@@ -163,7 +215,8 @@ cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int
                  int passes) noexcept nogil:
     """The plan, and the number of threads that the work is worth."""
     k.outer, k.channels, k.inner = outer, channels, inner
-    if outer * channels * inner < TEAM:
+    cdef idx elements = outer * channels * inner
+    if threads > 1 and elements < MANY and (elements < FEW or elements < worth_a_team(threads)):
         threads = 1
     plan(k, threads, reads, passes)
     return threads
@@ -190,8 +243,7 @@ cdef inline void *data(np.ndarray array) noexcept:
 
 
 cdef inline param_t param(np.ndarray array, double otherwise) noexcept:
-    cdef param_t p
-    p.f32, p.f64, p.otherwise = NULL, NULL, otherwise
+    cdef param_t p = param_of(NULL, otherwise)
     if array is not None:
         if np.PyArray_TYPE(array) == np.NPY_FLOAT32:
             p.f32 = <const float *>data(array)
@@ -200,9 +252,9 @@ cdef inline param_t param(np.ndarray array, double otherwise) noexcept:
     return p
 
 
-cdef inline param_t param_of(const double *values) noexcept:
+cdef inline param_t param_of(const double *values, double otherwise) noexcept nogil:
     cdef param_t p
-    p.f32, p.f64, p.otherwise = NULL, values, 0
+    p.f32, p.f64, p.otherwise = NULL, values, otherwise
     return p
 
 
@@ -216,9 +268,78 @@ cdef inline result_t result(np.ndarray array) noexcept:
     return r
 
 
+cdef inline void *data_or_null(np.ndarray array) noexcept:
+    return NULL if array is None else data(array)
+
+
 cdef inline void take(call_t *k, np.ndarray x) noexcept:
-    k.f64 = np.PyArray_TYPE(x) == np.NPY_FLOAT64
+    cdef int type = np.PyArray_TYPE(x)
+    # bfloat16 has no number of its own in NumPy: it is what is left.
+    k.type = F32 if type == np.NPY_FLOAT32 else F64 if type == np.NPY_FLOAT64 else F16 if type == np.NPY_FLOAT16 else BF16
     k.x = data(x)
+
+
+cdef inline bint plain(object array) noexcept:
+    """An ndarray itself, contiguous, aligned, native."""
+    return type(array) is np.ndarray and np.PyArray_ISCARRAY_RO(<np.ndarray>array)
+
+
+cdef inline bint vector(object array, idx channels) noexcept:
+    return array is None or (
+        plain(array) and np.PyArray_NDIM(<np.ndarray>array) == 1 and np.PyArray_DIM(<np.ndarray>array, 0) == channels
+        and np.PyArray_TYPE(<np.ndarray>array) in (np.NPY_FLOAT32, np.NPY_FLOAT64))
+
+
+cdef inline bint alike(np.ndarray x, object array) noexcept:
+    """As x: plain, of the same type and shape."""
+    cdef int d
+    if not plain(array) or np.PyArray_TYPE(<np.ndarray>array) != np.PyArray_TYPE(x):
+        return False
+    if np.PyArray_NDIM(<np.ndarray>array) != np.PyArray_NDIM(x):
+        return False
+    for d in range(np.PyArray_NDIM(x)):
+        if np.PyArray_DIM(<np.ndarray>array, d) != np.PyArray_DIM(x, d):
+            return False
+    return True
+
+
+cdef inline bint apart(np.ndarray out, object array) noexcept:
+    if array is None:
+        return True
+    if type(array) is not np.ndarray or not np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array):
+        return False
+    cdef char *a = <char *>data(out)
+    cdef char *b = <char *>data(<np.ndarray>array)
+    return a + np.PyArray_NBYTES(out) <= b or b + np.PyArray_NBYTES(<np.ndarray>array) <= a
+
+
+def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
+    """Whether the arguments are as most are, so that they need no further look. x is C-contiguous and checked.
+
+    weight, bias: None or plain vectors. like, out: None or plain arrays as x; out writeable, and apart from all the
+    others, or exactly `like`.
+    """
+    if not (plain(x) and vector(weight, channels) and vector(bias, channels)):
+        return False
+    if like is not None and not alike(x, like):
+        return False
+    if out is None:
+        return True
+    if not (alike(x, out) and np.PyArray_ISWRITEABLE(<np.ndarray>out) and apart(out, x) and apart(out, weight)):
+        return False
+    if not apart(out, bias) or (like is not None and data(out) != data(like) and not apart(out, like)):
+        return False
+    for array in others:
+        if not apart(out, array):
+            return False
+    return True
+
+
+def usual_statistics(mean, var, idx channels):
+    """The same for running statistics: two plain vectors, writeable and apart."""
+    return (
+        mean is not None and var is not None and vector(mean, channels) and vector(var, channels)
+        and np.PyArray_ISWRITEABLE(<np.ndarray>mean) and np.PyArray_ISWRITEABLE(<np.ndarray>var) and apart(mean, var))
 
 
 # ---- the kernels ----
@@ -239,14 +360,14 @@ def moments(np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean, n
 
 cdef void moments_split(call_t *k, int threads) noexcept nogil:
     run(moments_part, k, k.chunks * k.tiles, threads, False)
-    run(merge_moments_tile, k, k.tiles, threads if k.chunks * k.channels > TEAM else 1, False)
+    run(merge_moments_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
 
 
 def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray var,
-              np.ndarray weight, np.ndarray bias, double eps, int threads):
+              np.ndarray weight, np.ndarray bias, double eps, np.ndarray residual, double slope, int threads):
     cdef call_t k = no_call()
     take(&k, x)
-    k.out = data(y)
+    k.out, k.added, k.slope = data(y), data_or_null(residual), slope
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     threads = prepare(&k, outer, channels, inner, threads, 1, 1)
@@ -258,12 +379,12 @@ def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np
 
 
 def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray weight, np.ndarray bias,
-            double eps, np.ndarray mean, np.ndarray var, int threads):
+            double eps, np.ndarray mean, np.ndarray var, np.ndarray residual, double slope, int threads):
     cdef call_t k = no_call()
     take(&k, x)
-    k.out = data(y)
+    k.out, k.added, k.slope = data(y), data_or_null(residual), slope
     k.mean, k.second, k.to_var = <double *>data(mean), <double *>data(var), True
-    k.at_mean, k.at_var = param_of(k.mean), param_of(k.second)
+    k.at_mean, k.at_var = param_of(k.mean, 0), param_of(k.second, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     threads = prepare(&k, outer, channels, inner, threads, 1, 2)
     cdef double *memory = scratch(&k, not k.fused)
@@ -287,6 +408,7 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
     threads = prepare(&k, outer, channels, inner, threads, 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
+        run(coefs_tile, &k, k.tiles, 1, False)
         if k.fused:
             run(gradient_tile, &k, k.tiles, threads, False)
         else:
@@ -296,7 +418,7 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
 
 cdef void gradient_split(call_t *k, int threads) noexcept nogil:
     run(gradient_part, k, k.chunks * k.tiles, threads, False)
-    run(merge_gradient_tile, k, k.tiles, threads if k.chunks * k.channels > TEAM else 1, False)
+    run(merge_gradient_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
 
 
 def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels, idx inner, np.ndarray mean,
@@ -310,26 +432,30 @@ def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx ch
     threads = prepare(&k, outer, channels, inner, threads, 2, 1)
     cdef double *memory = scratch(&k, False)
     with nogil:
+        run(coefs_tile, &k, k.tiles, 1, False)
         run(slopes_tile, &k, k.tiles, 1, False)
         run(slope_part, &k, apply_parts(&k), threads, False)
         free(memory)
 
 
 def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels, idx inner, np.ndarray mean,
-             np.ndarray var, np.ndarray weight, double eps, np.ndarray grad_weight, np.ndarray grad_bias, bint batch,
-             int threads):
+             np.ndarray var, np.ndarray weight, np.ndarray bias, double eps, np.ndarray grad_weight,
+             np.ndarray grad_bias, bint batch, np.ndarray y, np.ndarray dresidual, double slope, int threads):
     cdef call_t k = no_call()
     take(&k, x)
-    k.dy, k.out, k.batch = data(dy), data(dx), batch
+    k.dy, k.out, k.batch, k.slope = data(dy), data(dx), batch, slope
+    if y is not None:
+        k.y, k.dz = data(y), data(dresidual)
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
-    k.weight, k.eps = param(weight, 1), eps
+    k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
-    threads = prepare(&k, outer, channels, inner, threads, 2, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 2 if y is None else 4, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
             run(backward_tile, &k, k.tiles, threads, False)
         else:
+            run(coefs_tile, &k, k.tiles, 1, False)
             gradient_split(&k, threads)
             run(slopes_tile, &k, k.tiles, 1, False)
             run(slope_part, &k, apply_parts(&k), threads, True)
@@ -346,11 +472,11 @@ def update_running_stats(np.ndarray running_mean, np.ndarray running_var, np.nda
 
 
 def limit(np.ndarray x, np.ndarray other, np.ndarray out, bint streaming, int threads):
-    """out = x, or x + other: what memory allows, for benchmarks to be held against."""
+    """out = x, or x + other, or (out None) only reads them: what memory allows, for benchmarks to be held against."""
     cdef call_t k = no_call()
     take(&k, x)
     k.dy = NULL if other is None else data(other)
-    k.out, k.streaming = data(out), streaming
+    k.out, k.streaming = data_or_null(out), streaming
     k.outer = k.channels = 1
     k.inner = np.PyArray_SIZE(x)
     with nogil:

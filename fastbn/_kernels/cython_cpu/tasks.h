@@ -16,12 +16,17 @@
 #include <unistd.h>
 #include "blocks.h"
 
+typedef enum { F32, F64, F16, BF16 } type_t;
+
 typedef struct {
-    /* IN: the arrays, (outer, channels, inner) elements of float or, if f64, of double */
-    int f64;
+    /* IN: the arrays, (outer, channels, inner) elements of one type */
+    type_t type;
     idx outer, channels, inner;
     const void *x, *dy;
+    const void *added, *y; /* forward's residual; backward's y, where one was added before an activation, or NULL */
     void *out; /* OUT: y or dx */
+    void *dz;  /* OUT, with y: the residual's gradient; the second step's dy */
+    double slope; /* the activation's, 1 for none */
     /* statistics by which to normalize; where a call computes them, they are `mean` and `second` below */
     param_t at_mean, at_var;
     param_t weight, bias;
@@ -33,6 +38,7 @@ typedef struct {
     result_t grad_weight, grad_bias;
     /* the plan */
     int columns, fused, streaming, cached;
+    idx ahead; /* elements: how far from where it works a second step asks for data */
     runs_t runs;
     idx tile, tiles;   /* channels a tile */
     idx chunk, chunks; /* rows (or, with runs, blocks) a part */
@@ -45,7 +51,15 @@ static call_t no_call(void)
 {
     call_t k;
     memset(&k, 0, sizeof k);
+    k.slope = 1;
     return k;
+}
+
+static inline kind_t kind_of(const call_t *k)
+{
+    if (k->added) return ADDED;
+    if (k->y) return GATED;
+    return k->slope == 1 ? PLAIN : k->slope == 0 ? RELU : LEAKY;
 }
 
 /* Cache sizes in bytes, read from the system once. The last level is what one group of cores shares: sysconf() adds the
@@ -77,17 +91,32 @@ static void read_caches(void)
 
 /* Planes under this many elements are served as columns, given the images to make that worth while: a plane's own sums cost
  * more than a step that only goes over its elements. */
-#define SMALL_PLANE 512
+#define SMALL_PLANE 1024
 #define SMALL_PLANE_TO_APPLY 128
 
 /* A tile of fewer columns than this, in the middle of longer rows, reads and writes memory in too small pieces. */
 #define NARROWEST 256
 
+/* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
+ * their coefficients in L1. Whole rows where a row is short, tiles of rows else; pieces of planes. */
+#define PIECE 65536    /* elements */
+#define SHORT_ROW 1024
+
+static inline int whole_rows(const call_t *k) { return k->inner == 1 && k->channels <= SHORT_ROW; }
+
+/* While a fused task writes, memory has nothing to read: the next tile is asked for, where a thread's share of the caches holds
+ * both. */
+static inline idx next_tile(const call_t *k, int threads, idx bytes)
+{
+    idx columns = k->tile * k->inner, both = 2 * columns * k->outer * bytes;
+    return !k->cached && (both <= level2_cache || both <= last_level_cache / (4 * threads)) ? columns : 0;
+}
+
 /* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
  * division depends on `threads`. */
 static void plan(call_t *k, int threads, int reads, int passes)
 {
-    idx size = k->f64 ? 8 : 4, columns = k->channels * k->inner, elements = k->outer * columns;
+    idx size = k->type == F64 ? 8 : k->type == F32 ? 4 : 2, columns = k->channels * k->inner, elements = k->outer * columns;
     k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SMALL_PLANE_TO_APPLY) && k->outer >= 8);
     /* Past the cache where the output does not fit in; a step that comes back to its input wants the cache for that. */
     k->streaming = elements * size > (passes > 1 ? last_level_cache / 4 : last_level_cache);
@@ -99,6 +128,7 @@ static void plan(call_t *k, int threads, int reads, int passes)
         k->chunks = k->runs.blocks;
         k->chunk = 1;
         k->fused = k->channels >= 4 * (idx)threads;
+        k->ahead = next_tile(k, threads, reads * size);
         return;
     }
     idx rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
@@ -114,7 +144,11 @@ static void plan(call_t *k, int threads, int reads, int passes)
         width = least(least(fits, eighth), MAX_COLUMNS);
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
+    /* Tiles whose first columns all lie alike to cache lines. */
+    idx alike = k->inner % 16 == 0 ? 1 : k->inner % 8 == 0 ? 2 : k->inner % 4 == 0 ? 4 : k->inner % 2 == 0 ? 8 : 16;
+    if (k->tile > alike) k->tile -= k->tile % alike;
     k->tiles = (k->channels + k->tile - 1) / k->tile;
+    k->ahead = k->fused ? next_tile(k, threads, reads * size) : whole_rows(k) ? 0 : 2 * columns;
 }
 
 /* From one vector of coefficients to the next, in elements: not a multiple of a page (see APART). */
@@ -123,16 +157,9 @@ static inline idx coefs_apart(idx channels) { return (channels + 15) / 16 * 16 +
 static inline tile_t tile_of(const call_t *k, idx i, idx *first)
 {
     *first = i * k->tile;
-    tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner};
+    tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner, k->cached};
     return t;
 }
-
-/* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
- * their coefficients in L1. Whole rows where a row is short, tiles of rows else; pieces of planes. */
-#define PIECE 65536    /* elements */
-#define SHORT_ROW 1024
-
-static inline int whole_rows(const call_t *k) { return k->inner == 1 && k->channels <= SHORT_ROW; }
 
 static inline idx rows_a_part(const call_t *k)
 {
@@ -155,25 +182,41 @@ static inline tile_t part_of(const call_t *k, idx i, idx *row, idx *rows, idx *f
     *rows = least(*rows, k->outer - *row);
     if (tiles > 1) return tile_of(k, i % tiles, first);
     *first = 0;
-    tile_t all = {k->channels, k->inner, k->channels * k->inner};
+    tile_t all = {k->channels, k->inner, k->channels * k->inner, k->cached};
     return all;
 }
 
 #define T float
+#define S float
 #define FN(name) CAT(f32_, name)
 #include "tasks_generic.h"
 
+#define S uint16_t
+#define FN(name) CAT(f16_, name)
+#include "tasks_generic.h"
+
+#define S uint16_t
+#define FN(name) CAT(bf16_, name)
+#include "tasks_generic.h"
+#undef T
+
 #define T double
+#define S double
 #define FN(name) CAT(f64_, name)
 #include "tasks_generic.h"
+#undef T
 
 typedef void (*task_t)(const call_t *, idx);
 
 #define TASK(name)                                                                                                     \
     static void name(const call_t *k, idx i)                                                                           \
     {                                                                                                                  \
-        if (k->f64) f64_##name(k, i);                                                                                  \
-        else f32_##name(k, i);                                                                                         \
+        switch (k->type) {                                                                                             \
+        case F64: f64_##name(k, i); break;                                                                             \
+        case F16: f16_##name(k, i); break;                                                                             \
+        case BF16: bf16_##name(k, i); break;                                                                           \
+        default: f32_##name(k, i);                                                                                     \
+        }                                                                                                              \
     }
 TASK(moments_tile)
 TASK(moments_part)

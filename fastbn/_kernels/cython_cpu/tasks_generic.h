@@ -1,4 +1,4 @@
-/* The tasks for one element type T; tasks.h includes this once per type and says what a tile and a part are. */
+/* The tasks for one type (S in memory, T in registers); tasks.h includes this once per type and says what a tile and a part are. */
 
 static inline FN(coefs) FN(coefs_from)(const call_t *k, idx c)
 {
@@ -8,12 +8,28 @@ static inline FN(coefs) FN(coefs_from)(const call_t *k, idx c)
     return v;
 }
 
+/* The tile's vectors with a value a column, if they are not that already. */
+static inline FN(coefs) FN(spread)(FN(coefs) v, tile_t t, T (*room)[APART], int all)
+{
+    if (t.inner == 1) return v;
+    FN(coefs) wide = {room[0], room[1], room[2]};
+    FN(spread_columns)(v.hi, t, wide.hi);
+    if (all) {
+        FN(spread_columns)(v.a, t, wide.a);
+        FN(spread_columns)(v.b, t, wide.b);
+    }
+    return wide;
+}
+
+/* An array that a call may not have, from element `at` on. */
+static inline S *FN(from)(const void *array, idx at) { return array ? (S *)array + at : NULL; }
+
 static inline FN(slopes) FN(slopes_from)(const call_t *k, idx c)
 {
     T *base = (T *)k->coefs + c;
     idx apart = coefs_apart(k->channels);
-    FN(slopes) v = {base, base + apart, base + 2 * apart, base + 3 * apart, base + 4 * apart};
-    return v;
+    FN(slopes) g = {{base, base + apart, base + 2 * apart}, base + 3 * apart, base + 4 * apart};
+    return g;
 }
 
 /* ---- forward ---- */
@@ -25,7 +41,7 @@ static void FN(moments_chunk)(const call_t *k, idx chunk, idx first, tile_t t, d
     idx row = chunk * k->chunk, end = least(row + k->chunk, k->outer);
     for (; row < end; row += BLOCK_ROWS) {
         idx rows = least(BLOCK_ROWS, end - row);
-        const T *x = (const T *)k->x + row * t.ld + first * t.inner;
+        const S *x = (const S *)k->x + row * t.ld + first * t.inner;
         if (count == 0) {
             FN(moments_columns)(x, rows, t, mean, m2);
             count = (double)(rows * t.inner);
@@ -51,7 +67,7 @@ static void FN(moments_part)(const call_t *k, idx i)
     } else {
         idx channel = i / k->runs.blocks, block = i % k->runs.blocks;
         block_t b = block_at(&k->runs, channel, block);
-        moments_t m = FN(moments_runs)((const T *)k->x + b.offset, b);
+        moments_t m = FN(moments_runs)((const S *)k->x + b.offset, b);
         k->part_mean[block * k->channels + channel] = m.mean;
         k->part_second[block * k->channels + channel] = m.m2;
     }
@@ -103,7 +119,7 @@ static void FN(moments_tile)(const call_t *k, idx i)
         moments_t m = {0, 0, 0};
         for (idx block = 0; block < k->runs.blocks; block++) {
             block_t b = block_at(&k->runs, first, block);
-            m = merge(m, FN(moments_runs)((const T *)k->x + b.offset, b));
+            m = merge(m, FN(moments_runs)((const S *)k->x + b.offset, b));
         }
         k->mean[first] = m.mean;
         k->second[first] = m.m2;
@@ -121,29 +137,54 @@ static void FN(coefs_tile)(const call_t *k, idx i)
                      k->eps);
 }
 
+static inline void FN(apply_plane)(const call_t *k, idx channel, idx at, idx len)
+{
+    FN(apply_run)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, len, FN(coefs_from)(k, 0),
+                  channel, (T)k->slope, k->streaming, k->fused ? k->ahead : 0);
+}
+
+static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
+{
+    FN(apply_columns)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, rows, ld, cols, v,
+                      (T)k->slope, k->streaming, k->cached, k->ahead);
+}
+
+/* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: elements to there. 0 where the
+ * tile is not the whole row, or the next row would not be aligned. */
+static inline idx FN(to_aligned)(const call_t *k, const S *out, idx cols)
+{
+    idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
+    return k->inner == 1 && cols == k->channels && cols <= SHORT_ROW && cols % vector == 0 && head < cols ? head : 0;
+}
+
+static inline T *FN(turn)(const T *values, idx n, idx by, T *turned)
+{
+    memcpy(turned, values + by, (size_t)(n - by) * sizeof(T));
+    memcpy(turned + n - by, values, (size_t)by * sizeof(T));
+    return turned;
+}
+
 /* Rows [row, row + rows) of a tile of columns. */
 static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
-    FN(coefs) v = FN(coefs_from)(k, first);
     if (t.inner >= SMALL_PLANE_TO_APPLY) {
         for (idx r = row; r < row + rows; r++)
-            for (idx c = 0; c < t.channels; c++) {
-                idx at = r * t.ld + (first + c) * t.inner;
-                FN(apply_run)((const T *)k->x + at, (T *)k->out + at, t.inner, v, c, k->streaming);
-            }
+            for (idx c = first; c < first + t.channels; c++) FN(apply_plane)(k, c, r * t.ld + c * t.inner, t.inner);
         return;
     }
-    T spread[3][APART];
-    if (t.inner > 1) {
-        FN(spread_columns)(v.hi, t, spread[0]);
-        FN(spread_columns)(v.a, t, spread[1]);
-        FN(spread_columns)(v.b, t, spread[2]);
-        FN(coefs) wide = {spread[0], spread[1], spread[2]};
-        v = wide;
-    }
-    idx at = row * t.ld + first * t.inner;
-    FN(apply_columns)((const T *)k->x + at, (T *)k->out + at, rows, t.ld, t.channels * t.inner, v, k->streaming,
-                      k->cached);
+    T room[3][APART];
+    FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, 1);
+    idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner;
+    T turned[3][SHORT_ROW + 80];
+    idx head = FN(to_aligned)(k, (S *)k->out + at, cols);
+    if (head) {
+        FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
+                       FN(turn)(v.b, cols, head, turned[2])};
+        FN(apply_stretch)(k, at, 1, t.ld, head, v);
+        FN(apply_stretch)(k, at + head, rows - 1, t.ld, cols, w);
+        FN(apply_stretch)(k, at + head + (rows - 1) * t.ld, 1, t.ld, cols - head, w);
+    } else
+        FN(apply_stretch)(k, at, rows, t.ld, cols, v);
 }
 
 static void FN(normalize_part)(const call_t *k, idx i)
@@ -153,9 +194,8 @@ static void FN(normalize_part)(const call_t *k, idx i)
         tile_t t = part_of(k, i, &row, &rows, &first);
         FN(normalize_rows)(k, row, rows, first, t);
     } else {
-        idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK, at = plane * k->inner + start;
-        FN(apply_run)((const T *)k->x + at, (T *)k->out + at, least(BLOCK, k->inner - start), FN(coefs_from)(k, 0),
-                      plane % k->channels, k->streaming);
+        idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK;
+        FN(apply_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
     }
 }
 
@@ -168,27 +208,36 @@ static void FN(forward_tile)(const call_t *k, idx i)
     if (k->columns)
         FN(normalize_rows)(k, 0, k->outer, first, t);
     else
-        for (idx n = k->outer - 1; n >= 0; n--) {
-            idx at = (n * k->channels + first) * k->inner;
-            FN(apply_run)((const T *)k->x + at, (T *)k->out + at, k->inner, FN(coefs_from)(k, 0), first, k->streaming);
-        }
+        for (idx n = k->outer - 1; n >= 0; n--)
+            FN(apply_plane)(k, first, (n * k->channels + first) * k->inner, k->inner);
 }
 
 /* ---- backward ---- */
 
+static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
+{
+    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(from)(k->dz, at)};
+    return gate;
+}
+
+/* The same for the second step: what was cut is cut, if the first wrote it down. */
+static inline FN(gate_t) FN(gate_again)(const call_t *k)
+{
+    FN(gate_t) gate = {k->dz ? PLAIN : kind_of(k), (T)k->slope, NULL, NULL};
+    return gate;
+}
+
 static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, double *sum_dy, double *sum_dy_x)
 {
     double block_dy[MAX_COLUMNS], block_dy_x[MAX_COLUMNS];
-    T hi[MAX_COLUMNS];
-    for (idx c = 0; c < t.channels; c++) {
-        T mean = (T)param_at(k->at_mean, first + c);
-        for (idx j = 0; j < t.inner; j++) hi[c * t.inner + j] = mean;
-    }
+    T room[3][APART];
+    kind_t kind = kind_of(k);
+    FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, kind == RELU || kind == LEAKY);
     idx begin = chunk * k->chunk, end = least(begin + k->chunk, k->outer);
     for (idx row = begin; row < end; row += BLOCK_ROWS) {
         idx at = row * t.ld + first * t.inner;
-        FN(gradient_columns)((const T *)k->dy + at, (const T *)k->x + at, least(BLOCK_ROWS, end - row), t, hi, block_dy,
-                             block_dy_x);
+        FN(gradient_columns)(FN(gate_at)(k, at), (const S *)k->dy + at, (const S *)k->x + at,
+                             least(BLOCK_ROWS, end - row), t, v, block_dy, block_dy_x);
         for (idx c = 0; c < t.channels; c++) {
             sum_dy[c] = row == begin ? block_dy[c] : sum_dy[c] + block_dy[c];
             sum_dy_x[c] = row == begin ? block_dy_x[c] : sum_dy_x[c] + block_dy_x[c];
@@ -199,8 +248,8 @@ static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, 
 static inline FN(sums) FN(gradient_block)(const call_t *k, idx channel, idx block)
 {
     block_t b = block_at(&k->runs, channel, block);
-    return FN(gradient_runs)((const T *)k->dy + b.offset, (const T *)k->x + b.offset, b,
-                             (T)param_at(k->at_mean, channel));
+    return FN(gradient_runs)(FN(gate_at)(k, b.offset), (const S *)k->dy + b.offset, (const S *)k->x + b.offset, b,
+                             FN(coefs_from)(k, 0), channel);
 }
 
 static void FN(gradient_part)(const call_t *k, idx i)
@@ -274,22 +323,25 @@ static void FN(gradient_tile)(const call_t *k, idx i)
 
 static void FN(slopes_tile)(const call_t *k, idx i)
 {
+    if (!k->batch) return; /* fixed statistics: the scale is all */
     idx first;
     tile_t t = tile_of(k, i, &first);
     FN(slopes) g = FN(slopes_from)(k, 0);
-    for (idx c = first; c < first + t.channels; c++) {
-        double mean = param_at(k->at_mean, c), var = param_at(k->at_var, c), weight = param_at(k->weight, c);
-        if (k->batch) FN(slope_set)(g, c, mean, var, weight, k->eps, k->mean[c], k->second[c], (double)(k->outer * k->inner));
-        else g.a[c] = (T)FN(within)(weight * inverse_std(var, k->eps));
-    }
+    for (idx c = first; c < first + t.channels; c++)
+        FN(slope_set)(g, c, param_at(k->at_mean, c), param_at(k->at_var, c), k->eps, k->mean[c], k->second[c],
+                      (double)(k->outer * k->inner));
 }
 
 static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 {
-    FN(slopes) g = FN(slopes_from)(k, 0);
-    const T *dy = (const T *)k->dy + at;
-    if (k->batch) FN(slope_run)(dy, (const T *)k->x + at, (T *)k->out + at, len, g, channel, k->streaming);
-    else FN(scale_run)(dy, (T *)k->out + at, len, g.a[channel], k->streaming);
+    FN(slope_run)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
+                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->fused ? k->ahead : 0);
+}
+
+static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
+{
+    FN(slope_columns)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
+                      (S *)k->out + at, rows, ld, cols, g, k->streaming, k->cached, k->ahead);
 }
 
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
@@ -300,20 +352,27 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
         return;
     }
     FN(slopes) g = FN(slopes_from)(k, first);
-    T spread[5][APART];
+    T room[5][APART];
     if (t.inner > 1) {
-        FN(spread_columns)(g.m, t, spread[0]);
-        FN(spread_columns)(g.a, t, spread[1]);
-        FN(spread_columns)(g.hi, t, spread[2]);
-        FN(spread_columns)(g.k, t, spread[3]);
-        FN(spread_columns)(g.c, t, spread[4]);
-        FN(slopes) wide = {spread[0], spread[1], spread[2], spread[3], spread[4]};
-        g = wide;
+        g.v = FN(spread)(g.v, t, room, 1);
+        if (k->batch) {
+            FN(spread_columns)(g.m, t, room[3]);
+            FN(spread_columns)(g.k, t, room[4]);
+        }
+        g.m = room[3], g.k = room[4];
     }
     idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner;
-    const T *dy = (const T *)k->dy + at;
-    if (k->batch) FN(slope_columns)(dy, (const T *)k->x + at, (T *)k->out + at, rows, t.ld, cols, g, k->streaming, k->cached);
-    else FN(scale_columns)(dy, (T *)k->out + at, rows, t.ld, cols, g.a, k->streaming, k->cached);
+    T turned[5][SHORT_ROW + 80];
+    idx head = FN(to_aligned)(k, (S *)k->out + at, cols);
+    if (head) {
+        FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
+                         FN(turn)(g.v.b, cols, head, turned[2])},
+                        FN(turn)(g.m, cols, head, turned[3]), FN(turn)(g.k, cols, head, turned[4])};
+        FN(slope_stretch)(k, at, 1, t.ld, head, g);
+        FN(slope_stretch)(k, at + head, rows - 1, t.ld, cols, w);
+        FN(slope_stretch)(k, at + head + (rows - 1) * t.ld, 1, t.ld, cols - head, w);
+    } else
+        FN(slope_stretch)(k, at, rows, t.ld, cols, g);
 }
 
 static void FN(slope_part)(const call_t *k, idx i)
@@ -330,6 +389,7 @@ static void FN(slope_part)(const call_t *k, idx i)
 
 static void FN(backward_tile)(const call_t *k, idx i)
 {
+    FN(coefs_tile)(k, i);
     FN(gradient_tile)(k, i);
     FN(slopes_tile)(k, i);
     idx first;
@@ -347,9 +407,8 @@ static void FN(backward_tile)(const call_t *k, idx i)
 static void FN(limit_part)(const call_t *k, idx i)
 {
     idx at = i * BLOCK, len = least(BLOCK, k->outer * k->channels * k->inner - at);
-    const T *dy = (const T *)k->dy;
-    FN(copy_or_add_run)((const T *)k->x + at, dy ? dy + at : NULL, (T *)k->out + at, len, k->streaming);
+    FN(copy_or_add_run)((const S *)k->x + at, FN(from)(k->dy, at), FN(from)(k->out, at), len, k->streaming);
 }
 
-#undef T
+#undef S
 #undef FN
