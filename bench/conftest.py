@@ -85,9 +85,10 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
             times = user_bench.least_of(named, seconds=request.config.getoption("--seconds") * len(named))
             config = backends.config()
             benchmark.extra_info |= {
-                "table": table, "operation": operation, "shape": list(case.shape), "layout": case.layout, **labels,
+                "table": table, "operation": operation, "shape": list(case.shape), "layout": case.layout,
                 "threads": config["threads"], "instruction set": config["instruction set"],
                 "backend": config["backend"], "ms": {name: t * 1e3 for name, t in times.items()},
+                **labels,
             }  # fmt: skip
             if floors:
                 name, floor = next(iter(floors.items()))

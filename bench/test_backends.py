@@ -21,4 +21,4 @@ def both():
 def test_backends(case, measure, both, operation, shape, layout):
     c = case(shape, layout)
     calls = {backend: kernel_call(kernels, operation, c) for backend, kernels in both.items()}
-    measure("backends", operation, c, calls, {"floor": floor(c, TENSORS[operation])})
+    measure("backends", operation, c, calls, {"floor": floor(c, TENSORS[operation])}, backend=next(iter(calls)))

@@ -18,4 +18,4 @@ def test_threads(case, measure, operation, shape, layout):
     call, out = CALLS[operation], c.out(operation)
     calls = {title: call(c, out, num_threads=n) for title, n in THREADS.items()}
     floors = {f"floor of {title}": floor(c, TENSORS[operation], n) for title, n in THREADS.items()}
-    measure("threads", operation, c, calls, floors)
+    measure("threads", operation, c, calls, floors, threads=1)

@@ -212,7 +212,7 @@ def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: tuple[str, 
         if isinstance(array, np.ndarray) and _shares(out, array):
             if other in same_as and _is_exactly(out, array):
                 continue
-            exact = f", or be {' or '.join(same_as)} itself" if same_as else ""
+            exact = f", or be {other} itself" if other in same_as else ""
             raise ValueError(f"{name} overlaps {other} in memory, and must not{exact}")
 
 

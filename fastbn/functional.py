@@ -234,9 +234,8 @@ def batch_norm_eval_forward(
     source, layout = canonical("x", x, axis)
     mean, var = _running(running_mean, running_var, layout.channels, update=False)
     slope = checks.activation(activation, negative_slope)
-    # Copies: a training step may update the running statistics before the backward pass.
     return _normalize(
-        x, source, layout, mean.copy(), var.copy(), weight, bias, eps, slope, residual, out, num_threads
+        x, source, layout, mean, var, weight, bias, eps, slope, residual, out, num_threads
     )  # fmt: skip
 
 
@@ -302,12 +301,12 @@ def batch_norm_backward(
         if saved.residual:
             residual_memory, dresidual = output("out_residual", out_residual, x, layout)
             checks.overlap("out_residual", out_residual, {**reads, "out": dx}, same_as=("dy",))
-            if saved.slope == 1:  # no activation: dy itself passes on (and dx may be written over it)
-                np.copyto(residual_memory, gradient)
         elif out_residual is not None:
             raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
     dweight = np.empty(channels, checks.parameters_like(x) if weight is None else weight.dtype)
     dbias = np.empty(channels, checks.parameters_like(x) if bias is None else bias.dtype)
+    if residual_memory is not None and saved.slope == 1:  # dy itself passes on (and dx may be written over it)
+        np.copyto(residual_memory, gradient)
     if x.size:
         kernels.backward(
             gradient, x, memory, layout.outer, channels, layout.inner,
@@ -405,7 +404,9 @@ def _normalize(
         residual = None if residual is None else like("residual", residual, x, layout)
         memory, y = output("out", out, x, layout)
         checks.overlap("out", out, others, same_as=("residual",) if keep else ("x", "residual"))
-    if not (mean.flags.c_contiguous and var.flags.c_contiguous):
+    if keep:  # a training step may update the running statistics before the backward pass
+        mean, var = mean.copy(), var.copy()
+    elif not (mean.flags.c_contiguous and var.flags.c_contiguous):
         mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if x.size:
         kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)

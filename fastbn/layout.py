@@ -84,7 +84,7 @@ def canonical(name: str, x: Any, axis: int) -> tuple[Array, Layout]:
     ----------
     name : str
         The argument's name, for the error.
-    x : array of float32 or float64, 2 to 5 axes
+    x : array of float16, bfloat16, float32 or float64, 2 to 5 axes
     axis : int
         The channel axis.
 

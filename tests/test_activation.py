@@ -649,3 +649,14 @@ def test_layer_bad_settings(bad):
     arguments, error, words = bad
     with pytest.raises(error, match=re.escape(words)):
         fastbn.BatchNorm(3, **arguments)
+
+
+def test_slope_too_small_for_the_type_is_relu(compiled):
+    """In float32 1e-50 is 0: exactly 0 then, at z = -∞ too, wherever the output lies."""
+    x = sample((37, 8), np.float32)
+    x[3] = -np.inf
+    mean, var = np.zeros(8), np.ones(8)
+    shifted = np.empty(x.size + 1, np.float32)[1:].reshape(x.shape)
+    want = fastbn.batch_norm(x, mean, var, activation="relu")
+    for out in (None, shifted):
+        same_bits(fastbn.batch_norm(x, mean, var, activation="leaky_relu", negative_slope=1e-50, out=out), want)

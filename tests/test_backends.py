@@ -428,3 +428,17 @@ def test_gil_is_released(compiled):
         sys.setswitchinterval(interval)
     calls = [i for i, tick in enumerate(ticks) if tick == "call"]
     assert all(b - a > 2 for a, b in zip([0, *calls], calls, strict=False))
+
+
+def test_the_team_threshold_is_measured_once_and_moves_no_bit(compiled):
+    """From a call in doubt on it is known, within its bounds; sizes on both sides of it agree with one thread."""
+    if not compiled.has_threads():
+        pytest.skip("built without OpenMP")
+    for rows in (64, 500, 2000, 20000):
+        x = np.random.default_rng(0).standard_normal((rows, 64)).astype(np.float32)
+        one, two = (fastbn.batch_norm_forward(x, num_threads=n)[0] for n in (1, 2))
+        assert one.tobytes() == two.tobytes()
+    threshold = compiled.team_from(2)
+    assert 4096 <= threshold <= 1 << 18
+    fastbn.batch_norm_forward(x[:500], num_threads=2)
+    assert compiled.team_from(2) == threshold

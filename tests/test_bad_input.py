@@ -339,3 +339,12 @@ def test_backward_only_type_and_value_errors(dy, out):
 def test_ragged(call):
     with pytest.raises(TypeError, match="x is a ragged list, and must be an array of numbers"):
         call([[1.0, 2.0], [3.0]])
+
+
+def test_running_statistics_inside_out_are_refused(kernels):
+    """In each function that reads them."""
+    out, x = np.ones((4, 2), np.float32), np.zeros((4, 2), np.float32)
+    for function in (fastbn.batch_norm, fastbn.batch_norm_eval_forward):
+        with pytest.raises(ValueError, match="out overlaps running_mean in memory, and must not"):
+            function(x, out[0], np.ones(2, np.float32), out=out)
+    assert (out == 1).all()

@@ -1079,9 +1079,15 @@ def _moments_columns(
             store(squares, k, load(squares, k) + d * d)
     if whole < columns:
         p = load(pivot, whole)
-        s, q = splat(x, 0.0), splat(x, 0.0)
-        for r in range(rows):
-            d = load_part(x, start + r * stride + whole, columns - whole, p) - p
+        s, q, rest = splat(x, 0.0), splat(x, 0.0), columns - whole
+        for r in range(0, grouped, 4):
+            i = start + r * stride + whole
+            d0, d1 = load_part(x, i, rest, p) - p, load_part(x, i + stride, rest, p) - p
+            d2, d3 = load_part(x, i + 2 * stride, rest, p) - p, load_part(x, i + 3 * stride, rest, p) - p
+            s = s + ((d0 + d1) + (d2 + d3))
+            q = q + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+        for r in range(grouped, rows):
+            d = load_part(x, start + r * stride + whole, rest, p) - p
             s = s + d
             q = q + d * d
         store(sums, whole, s)

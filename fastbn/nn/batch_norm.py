@@ -35,7 +35,7 @@ class BatchNorm(layers.BatchNorm):
         return super().__call__(x, residual, out=_own(self._y, x) if out is None else out)
 
     def backward(self, dy: Any, *, out: Array | None = None, out_residual: Array | None = None) -> Array:
-        """dx, in `out` or in the layer's own memory, leaving `grad_weight` and `grad_bias`."""
+        """dx, in `out` or in the layer's own memory, leaving `grad_weight`, `grad_bias` (and `grad_residual`)."""
         dy = checks.data("dy", dy)
         return super().backward(dy, out=_own(self._dx, dy) if out is None else out, out_residual=out_residual)
 

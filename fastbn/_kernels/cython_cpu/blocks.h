@@ -12,7 +12,7 @@
  *   one accumulator a column; how many native vectors make the lanes is the compiler's affair. No fused
  *   multiply-add, no reassociation: see setup.py's flags.
  * - Sums are kept in the data's own type, about a pivot taken from the block itself, and leave the block as float64.
- *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/4), or where a square
+ *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/4, or q/2 for a pivot from 16 values), or where a square
  *   overflowed or vanished, is done again in two sweeps of float64. The choice depends on the data alone.
  * - mean = hi + lo: subtracting hi is exact where it matters (x near the mean), and lo's share is folded into b.
  * - Two shapes of data. RUNS: a channel's values lie contiguous, `len` at a time (NCHW with large planes). COLUMNS: `rows` rows
@@ -36,9 +36,9 @@
 
 typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements */
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define VECTOR_BYTES 64
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define VECTOR_BYTES 32
 #else
 #define VECTOR_BYTES 16
@@ -165,11 +165,11 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #define TINY 1e-30                                /* mean squares under this have lost digits in T */
 #define T float
 #define BITS int32_t
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
 #define FMSUB(a, b, c) _mm512_fmsub_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #define ABOVE(z) _mm512_cmp_ps_mask((__m512)(z), _mm512_setzero_ps(), _CMP_NLE_UQ)
 #define CHOOSE(mask, a, b) _mm512_mask_mov_ps((__m512)(b), mask, (__m512)(a))
-#elif defined(__FMA__)
+#elif VECTOR_BYTES == 32
 #define FMSUB(a, b, c) _mm256_fmsub_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #endif
 
@@ -199,11 +199,11 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #define TINY 1e-290
 #define T double
 #define BITS int64_t
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
 #define FMSUB(a, b, c) _mm512_fmsub_pd((__m512d)(a), (__m512d)(b), (__m512d)(c))
 #define ABOVE(z) _mm512_cmp_pd_mask((__m512d)(z), _mm512_setzero_pd(), _CMP_NLE_UQ)
 #define CHOOSE(mask, a, b) _mm512_mask_mov_pd((__m512d)(b), mask, (__m512d)(a))
-#elif defined(__FMA__)
+#elif VECTOR_BYTES == 32
 #define FMSUB(a, b, c) _mm256_fmsub_pd((__m256d)(a), (__m256d)(b), (__m256d)(c))
 #endif
 #define S double

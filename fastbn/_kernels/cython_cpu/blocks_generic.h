@@ -54,9 +54,9 @@ INLINE void FN(stream16)(S *p, NARROW v)
 }
 INLINE void FN(stream)(S *p, VEC v)
 {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
     _mm256_stream_si256((void *)p, (__m256i)HALF(round)((floats)v));
-#elif defined(__AVX2__)
+#elif VECTOR_BYTES == 32
     _mm_stream_si128((void *)p, (__m128i)HALF(round)((floats)v));
 #else
     FN(stream16)(p, v);
@@ -66,9 +66,9 @@ INLINE void FN(stream)(S *p, VEC v)
 INLINE void FN(stream16)(S *p, NARROW v) { _mm_stream_si128((void *)p, (__m128i)v); }
 INLINE void FN(stream)(S *p, VEC v)
 {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
     _mm512_stream_si512((void *)p, (__m512i)v);
-#elif defined(__AVX2__)
+#elif VECTOR_BYTES == 32
     _mm256_stream_si256((void *)p, (__m256i)v);
 #else
     _mm_stream_si128((void *)p, (__m128i)v);

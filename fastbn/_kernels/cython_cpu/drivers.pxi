@@ -156,15 +156,16 @@ def set_caches(idx level2, idx last_level):
 # Fewer elements than this are done sooner by the caller alone than by a team: measured once, by the first call whose size lies
 # between what never is worth a team and what always is. It moves no bit of a result.
 cdef idx FEW = 4096, MANY = 1 << 18
-cdef idx measured_team = 0
+cdef idx[64] measured_team # by threads, the last for more; 0: not yet measured
+memset(measured_team, 0, sizeof(measured_team))
 
 
 cdef idx worth_a_team(int threads) noexcept nogil:
     """Elements from which a team is worth its start."""
-    global measured_team
-    if measured_team == 0:
-        measured_team = measure_team(threads)
-    return measured_team
+    cdef int i = min(threads, 64) - 1
+    if measured_team[i] == 0:
+        measured_team[i] = measure_team(threads)
+    return measured_team[i]
 
 
 cdef idx measure_team(int threads) noexcept nogil:
@@ -175,7 +176,8 @@ cdef idx measure_team(int threads) noexcept nogil:
     cdef float *x = <float *>malloc(2 * FEW * sizeof(float))
     cdef double[64] mean, var
     cdef double[5 * 256] coefs
-    if x == NULL:
+    if x == NULL or OPENMP_VERSION == 0:
+        free(x)
         return MANY
     memset(x, 0, 2 * FEW * sizeof(float))
     k.x, k.out, k.outer, k.channels, k.inner = x, x + FEW, FEW // 64, 64, 1
@@ -191,13 +193,15 @@ cdef idx measure_team(int threads) noexcept nogil:
             walk(forward_tile, &k, 0, 0, False)
         team = min(team, omp_get_wtime() - start)
     free(x)
+    if alone <= 0:  # a coarse clock
+        return FEW
     # A team of n saves the (n - 1)/n-th part; half as much again, lest it be lost to a neighbour.
     return max(FEW, min(MANY, <idx>(1.5 * team / (alone / FEW) * threads / (threads - 1))))
 
 
-def team_from():
-    """Elements from which a call uses more than one thread; 0 as long as no call was in doubt."""
-    return measured_team
+def team_from(int threads):
+    """Elements from which a call uses that many threads; 0 as long as no call was in doubt."""
+    return measured_team[min(threads, 64) - 1]
 
 
 cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:

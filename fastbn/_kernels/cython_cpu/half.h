@@ -8,8 +8,6 @@
 #ifndef FASTBN_HALF_H
 #define FASTBN_HALF_H
 
-#define HALVES (VECTOR_BYTES / 4) /* a native vector's floats */
-
 #define DEFINE_VECTORS(W, BYTES)                                                                                       \
     typedef float floats##W __attribute__((vector_size(BYTES), aligned(4), may_alias));                                \
     typedef uint32_t words##W __attribute__((vector_size(BYTES), aligned(4), may_alias));                              \
@@ -25,14 +23,14 @@ DEFINE_VECTORS(, 16)
 /* 16 bits to 32 and back; what is narrowed fits. By name where gcc would do it in pieces. */
 INLINE words16 widen16(const uint16_t *p) { return __builtin_convertvector(*(const halves16 *)p, words16); }
 INLINE halves16 narrow16(words16 v) { return __builtin_convertvector(v, halves16); }
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if VECTOR_BYTES == 32
 INLINE words widen(const uint16_t *p) { return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)); }
 INLINE halves narrow(words v)
 {
     __m256i w = (__m256i)v;
     return (halves)_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
 }
-#elif !defined(__AVX512F__)
+#elif VECTOR_BYTES == 16
 INLINE words widen(const uint16_t *p) { return __builtin_convertvector(*(const halves *)p, words); }
 INLINE halves narrow(words v) { return __builtin_convertvector(v, halves); }
 #endif
@@ -46,7 +44,7 @@ INLINE halves narrow(words v) { return __builtin_convertvector(v, halves); }
     }                                                                                                                  \
     INLINE halves##W brain_round##W(floats##W v) { return narrow##W(brain_bits##W(v)); }
 DEFINE_BRAIN(16)
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
 INLINE floats brain_load(const uint16_t *p) /* the upper words' places, in one step */
 {
     const __m512i places = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
@@ -91,7 +89,7 @@ DEFINE_BRAIN()
     INLINE floats##W half_load##W(const uint16_t *p) { return half_from##W(widen##W(p)); }                             \
     INLINE halves##W half_round##W(floats##W v) { return narrow##W(half_bits##W(v)); }
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if VECTOR_BYTES > 16
 INLINE floats16 half_load16(const uint16_t *p) { return (floats16)_mm_cvtph_ps(_mm_loadl_epi64((const void *)p)); }
 INLINE halves16 half_round16(floats16 v)
 {
@@ -100,7 +98,7 @@ INLINE halves16 half_round16(floats16 v)
     memcpy(&low, &h, sizeof low);
     return low;
 }
-#if defined(__AVX512F__)
+#if VECTOR_BYTES == 64
 INLINE floats half_load(const uint16_t *p) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE halves half_round(floats v) { return (halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
@@ -113,7 +111,7 @@ DEFINE_HALF_BY_INTEGERS()
 #endif
 
 /* One element, without a detour through memory. */
-#if defined(__F16C__) || defined(__AVX512F__)
+#if VECTOR_BYTES > 16
 INLINE float half_load1(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
 INLINE uint16_t half_round1(float v)
 {

@@ -59,7 +59,8 @@ static inline kind_t kind_of(const call_t *k)
 {
     if (k->added) return ADDED;
     if (k->y) return GATED;
-    return k->slope == 1 ? PLAIN : k->slope == 0 ? RELU : LEAKY;
+    double slope = k->type == F64 ? k->slope : (double)(float)k->slope; /* as the kernels see it */
+    return slope == 1 ? PLAIN : slope == 0 ? RELU : LEAKY;
 }
 
 /* Cache sizes in bytes, read from the system once. The last level is what one group of cores shares: sysconf() adds the
@@ -128,7 +129,7 @@ static void plan(call_t *k, int threads, int reads, int passes)
         k->chunks = k->runs.blocks;
         k->chunk = 1;
         k->fused = k->channels >= 4 * (idx)threads;
-        k->ahead = next_tile(k, threads, reads * size);
+        k->ahead = k->fused && passes > 1 ? next_tile(k, threads, reads * size) : 0;
         return;
     }
     idx rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
@@ -148,7 +149,8 @@ static void plan(call_t *k, int threads, int reads, int passes)
     idx alike = k->inner % 16 == 0 ? 1 : k->inner % 8 == 0 ? 2 : k->inner % 4 == 0 ? 4 : k->inner % 2 == 0 ? 8 : 16;
     if (k->tile > alike) k->tile -= k->tile % alike;
     k->tiles = (k->channels + k->tile - 1) / k->tile;
-    k->ahead = k->fused ? next_tile(k, threads, reads * size) : whole_rows(k) ? 0 : 2 * columns;
+    if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
+    else k->ahead = whole_rows(k) ? 0 : 2 * columns;
 }
 
 /* From one vector of coefficients to the next, in elements: not a multiple of a page (see APART). */

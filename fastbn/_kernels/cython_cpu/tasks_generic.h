@@ -140,7 +140,7 @@ static void FN(coefs_tile)(const call_t *k, idx i)
 static inline void FN(apply_plane)(const call_t *k, idx channel, idx at, idx len)
 {
     FN(apply_run)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, len, FN(coefs_from)(k, 0),
-                  channel, (T)k->slope, k->streaming, k->fused ? k->ahead : 0);
+                  channel, (T)k->slope, k->streaming, k->columns && !k->fused ? 0 : k->ahead);
 }
 
 static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
@@ -335,7 +335,7 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 {
     FN(slope_run)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
-                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->fused ? k->ahead : 0);
+                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->columns && !k->fused ? 0 : k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
