@@ -305,8 +305,6 @@ def batch_norm_backward(
             raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
     dweight = np.empty(channels, checks.parameters_like(x) if weight is None else weight.dtype)
     dbias = np.empty(channels, checks.parameters_like(x) if bias is None else bias.dtype)
-    if residual_memory is not None and saved.slope == 1:  # dy itself passes on (and dx may be written over it)
-        np.copyto(residual_memory, gradient)
     if x.size:
         kernels.backward(
             gradient, x, memory, layout.outer, channels, layout.inner,

@@ -34,9 +34,11 @@ GRIDS = {
     "many channels of planes": (2, 67, 523),
     "small planes as columns": (61, 33, 49),
     "small planes, split": (1031, 5, 17),
+    "middling planes, summed as columns, gone over one by one": (263, 3, 171),
     "rows, fused": (301, 131, 1),
     "rows, split": (5003, 67, 1),
-    "rows in chunks": (40009, 3, 1),
+    "rows in chunks, joined": (40009, 3, 1),
+    "rows, joined and ragged": (2003, 15, 1),
     "rows, more channels than a tile": (67, 2053, 1),
 }
 
@@ -225,7 +227,7 @@ def test_environment():
 
 
 @pytest.mark.parametrize("caches", [(1, 1), (1, 1 << 40), (1 << 40, 1), (1 << 16, 1 << 40)], ids=str)
-@pytest.mark.parametrize("shape", [(700, 96, 1), (70, 5, 49), (9, 3, 1201), (2, 2, 20011)], ids=str)
+@pytest.mark.parametrize("shape", [(700, 96, 1), (601, 65, 1), (70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)], ids=str)
 @pytest.mark.parametrize("fused", ["plain", "relu", "added leaky"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_caches(compiled, dtype, caches, shape, fused):

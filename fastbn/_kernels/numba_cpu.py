@@ -1655,12 +1655,14 @@ def backward(
     """dz = dy · act'(z), then gradient_moments and input_gradient of dz.
 
     Writes dx, grad_weight = Σ dz·x̂ and grad_bias = Σ dz. `batch`: the statistics were the batch's own, and the gradient
-    flows through them. Otherwise they are constants, and dx = dz · weight/σ. `y` and `dresidual`: where a residual was
-    added before an activation, the forward pass's result, and where dz goes, which may be dy. dx may be dy, too.
+    flows through them. Otherwise they are constants, and dx = dz · weight/σ. `dresidual`: where a residual was added,
+    where dz goes, which may be dy; `y`: if an activation followed, the forward pass's result. dx may be dy, too.
     """
     grid = _grid(outer, channels, inner, x.itemsize)
-    if slope == 1 or y is None or dresidual is None:
-        y = dresidual = None
+    if dresidual is None:
+        y = None
+    elif y is None:
+        y = dy  # any array: no activation, nothing is cut
     z, dz, act = _given(y), None if dresidual is None else _flat(dresidual), _slope(slope, y)
 
     def step(steps: int, sums: Any) -> None:

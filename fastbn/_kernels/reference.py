@@ -154,8 +154,8 @@ def backward(
     """dz = dy · act'(z), then gradient_moments and input_gradient of dz. Writes dx, Σ dz·x̂ and Σ dz (the gradients).
 
     `batch`: the statistics were the batch's own, and the gradient flows through them. Otherwise they are constants, and
-    dx = dz · weight/σ. `y` and `dresidual`: where a residual was added before an activation, the forward pass's result,
-    and where dz goes, which may be dy. dx may be dy, too.
+    dx = dz · weight/σ. `dresidual`: where a residual was added, where dz goes, which may be dy; `y`: if an activation
+    followed, the forward pass's result. dx may be dy, too.
     """
     if slope != 1:
         if y is None:
@@ -164,10 +164,10 @@ def backward(
             z = _channels(y, outer, channels, inner)
         dz = _channels(dy, outer, channels, inner)
         dz = np.where(z <= 0, dz * slope if slope else 0.0, dz)
-        if dresidual is not None:
-            _store(dresidual, dz, outer, channels, inner)
         dy = np.empty(outer * channels * inner)
         _store(dy, dz, outer, channels, inner)
+    if dresidual is not None:
+        _store(dresidual, _channels(dy, outer, channels, inner), outer, channels, inner)
     sum_dy, sum_dy_xmu = np.empty(channels), np.empty(channels)
     gradient_moments(dy, x, outer, channels, inner, mean, sum_dy, sum_dy_xmu, threads)
     if batch:

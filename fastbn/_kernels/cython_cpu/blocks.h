@@ -49,7 +49,8 @@ typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements
 #define VECTORS_A_UNIT (UNIT_BYTES / VECTOR_BYTES)
 
 #define BLOCK 8192                                /* elements a block of runs sums before it merges */
-#define BLOCK_ROWS 256                            /* rows a block of columns sums before it merges */
+#define BLOCK_ROWS 256                            /* rows (joined, if short) that a block of columns sums before it merges */
+#define SHORTEST_ROW 64                           /* columns: shorter rows are joined */
 #define MAX_COLUMNS 1024                         /* columns of a tile: their sums stay in L1 */
 #define APART (MAX_COLUMNS + 80)                  /* vectors that are read together must not all fall into one set of L1 */
 
@@ -148,6 +149,25 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */
 typedef struct { idx channels, inner, ld; int cached; } tile_t;
+
+/* Short rows that lie one behind the other are summed several as one, of whole vectors on every instruction set; each channel then
+ * has as many columns. */
+static inline idx rows_to_sum_as_one(tile_t t)
+{
+    idx rows = 1;
+    if (t.inner > 1 || t.channels != t.ld || t.channels >= SHORTEST_ROW) return 1;
+    while (rows * t.channels % 16 || rows * t.channels < SHORTEST_ROW) rows++;
+    return rows;
+}
+
+static inline tile_t joined(tile_t t, idx rows)
+{
+    tile_t w = {t.channels * rows, t.inner, rows > 1 ? t.ld * rows : t.ld, t.cached};
+    return w;
+}
+
+/* Rows of a tile that are summed before they are merged. */
+static inline idx rows_a_block(tile_t t) { return BLOCK_ROWS * rows_to_sum_as_one(t); }
 
 /* What becomes of z, or of a gradient on its way back. ADDED (forward): a residual is added, then as LEAKY. GATED (backward): the
  * sign of z is read from y, and what passes is written to dz. For slope 0 LEAKY gives exactly 0, also where z = −∞. */

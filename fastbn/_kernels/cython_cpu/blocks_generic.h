@@ -147,11 +147,13 @@ static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
         idx i = 0, few = FN(misaligned)(out, len, sizeof(S) * NARROW_WIDTH);                                           \
         idx head = FN(misaligned)(out, len, sizeof(S) * WIDTH);                                                        \
         while (i < few) { ONE_BY_ONE; STEP(1, FN(store1), 1) }                                                         \
-        while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; STEP(16, STORE16, NARROW_WIDTH) }                               \
+        while (!few && i + NARROW_WIDTH <= head) { ONE_BY_ONE; STEP(16, STORE16, NARROW_WIDTH) }                       \
+        while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; STEP(16, FN(store16), NARROW_WIDTH) }                           \
         while (i + WIDTH <= len) {                                                                                     \
             AHEAD(i)                                                                                                   \
             STEP(, STORE, WIDTH)                                                                                       \
         }                                                                                                              \
+        while (i + NARROW_WIDTH <= len && (len - i) % NARROW_WIDTH) { ONE_BY_ONE; STEP(16, FN(store16), NARROW_WIDTH) } \
         while (i + NARROW_WIDTH <= len) { ONE_BY_ONE; STEP(16, STORE16, NARROW_WIDTH) }                                \
         while (i < len) { ONE_BY_ONE; STEP(1, FN(store1), 1) }                                                         \
     }
@@ -506,10 +508,13 @@ static __attribute__((noinline)) void FN(moments_column_slow)(const S *x, idx ro
 }
 
 /* Column sums to channel sums, in float64: where a channel has one column, there is nothing to add. */
-static void FN(fold_columns)(const T *column, tile_t t, double *sum)
+static void FN(fold_columns)(const T *column, tile_t t, idx join, double *sum)
 {
     if (t.inner == 1)
-        for (idx c = 0; c < t.channels; c++) sum[c] = (double)column[c];
+        for (idx c = 0; c < t.channels; c++) {
+            sum[c] = (double)column[c];
+            for (idx j = 1; j < join; j++) sum[c] += (double)column[j * t.channels + c];
+        }
     else
         for (idx c = 0; c < t.channels; c++) {
             const T *mine = column + c * t.inner;
@@ -518,6 +523,13 @@ static void FN(fold_columns)(const T *column, tile_t t, double *sum)
             for (idx j = even; j < t.inner; j++) total += (double)mine[j];
             sum[c] = total;
         }
+}
+
+/* IN values, OUT repeated (which may be values itself): n of them, `times` times one after the other. */
+static T *FN(repeat)(const T *values, idx n, idx times, T *repeated)
+{
+    for (idx i = repeated == values; i < times; i++) memcpy(repeated + i * n, values, (size_t)n * sizeof(T));
+    return repeated;
 }
 
 /* One value a channel to one a column. */
@@ -595,26 +607,28 @@ static inline idx FN(unaligned_columns)(const S *x, idx cols, idx ld)
         for (; k < cols; k++) { ONE_BY_ONE; COLUMN(1, T) }                                                             \
     }
 
-/* IN x: `rows` ≤ BLOCK_ROWS rows of the tile. OUT mean, m2: a value a channel. */
+/* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
 static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, double *m2)
 {
     T pivot[APART], s[APART], q[APART];
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
-    idx cols = t.channels * t.inner, r = 0;
-    const idx head = FN(unaligned_columns)(x, cols, t.ld);
+    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
+    const tile_t w = joined(t, join);
+    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, cols, w.ld), r = 0;
     double count = (double)(rows * t.inner), inverse = 1.0 / count;
 
     FN(pivots)(x, rows, t, pivot);
+    FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    idx ahead = FN(rows_ahead)(t);
-    for (; r + 4 <= rows; r += 4) { /* four rows at a time, added up as a tree */
-        const S *row = x + r * t.ld;
-#define ASK(k) FN(ask)(row, k, t, ahead);
+    idx ahead = FN(rows_ahead)(w);
+    for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
+        const S *row = x + r * w.ld;
+#define ASK(k) FN(ask)(row, k, w, ahead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
-        UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(row + j * t.ld + k), p);                       \
+        UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(row + j * w.ld + k), p);                       \
         UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];                                                       \
         FN(put##W)(s + k, GET(W)(s + k) + TREE(d));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
@@ -622,8 +636,9 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         SWEEP_COLUMNS(COLUMN, ASK)
 #undef COLUMN
     }
-    for (; r < rows; r++) {
-        const S *row = x + r * t.ld;
+    for (; r < all + (rest > 0); r++) {
+        const S *row = x + r * w.ld;
+        if (r == all) cols = rest, head = 0;
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V d = FN(less##W)(LOAD(W)(row + k), GET(W)(pivot + k));                                                        \
@@ -635,8 +650,8 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
 #undef ASK
     }
 
-    FN(fold_columns)(s, t, sum);
-    FN(fold_columns)(q, t, squares);
+    FN(fold_columns)(s, t, join, sum);
+    FN(fold_columns)(q, t, join, squares);
     int64_t doubtful = 0;
     for (idx c = 0; c < t.channels; c++) {
         double shift = sum[c] * inverse;
@@ -649,8 +664,11 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
             if (!FN(stands)(sum[c], squares[c], m2[c], count, t.inner)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
+static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
+
 /* Rows [0, all) of a tile. From memory one by one: it is read and written in order. Where the tensors are in cache, four at a time,
- * which share a load of the coefficients. */
+ * which share a load of the coefficients. Where rows are streamed and end in the middle of a line, that line alone goes through the
+ * cache, and all that is streamed waits for it: it is asked for in time. */
 #define EACH_ROW(SHIFT)                                                                                                \
     idx r = 0;                                                                                                         \
     if (cached && (len != ld || ld * (idx)sizeof(S) <= 2048))                                                          \
@@ -659,6 +677,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
             SHIFT(4)                                                                                                   \
         }                                                                                                              \
     for (const idx rows = 1; r < all; r++) {                                                                           \
+        if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1, 2);                              \
         if (streaming) SWEEP_STREAM else SWEEP_STORE                                                                   \
         SHIFT(1)                                                                                                       \
     }
@@ -698,21 +717,27 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
 INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                     double *sum_dy, double *sum_dy_x)
 {
-    T s[APART], q[APART];
-    idx cols = t.channels * t.inner, r = 0;
+    T s[APART], q[APART], repeated[3][APART];
+    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
+    const tile_t w = joined(t, join);
+    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, cols, w.ld), r = 0;
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    if (join > 1) {
+        v.hi = FN(repeat)(v.hi, t.channels, join, repeated[0]);
+        v.a = FN(repeat)(v.a, t.channels, join, repeated[1]);
+        v.b = FN(repeat)(v.b, t.channels, join, repeated[2]);
+    }
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    idx ahead = FN(rows_ahead)(t);
-    const idx head = FN(unaligned_columns)(x, cols, t.ld);
+    idx ahead = FN(rows_ahead)(w);
 #define ASK(k)                                                                                                         \
-    FN(ask)(x + r * t.ld, k, t, ahead);                                                                                \
-    FN(ask)(dy + r * t.ld, k, t, ahead);                                                                               \
-    if (gate.kind == GATED) FN(ask)(gate.y + r * t.ld, k, t, ahead);
+    FN(ask)(x + r * w.ld, k, w, ahead);                                                                                \
+    FN(ask)(dy + r * w.ld, k, w, ahead);                                                                               \
+    if (gate.kind == GATED) FN(ask)(gate.y + r * w.ld, k, w, ahead);
 #define ROWS(W, n, V)                                                                                                  \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
     UNROLLED for (int j = 0; j < n; j++) {                                                                             \
-        idx at = (r + j) * t.ld + k;                                                                                   \
+        idx at = (r + j) * w.ld + k;                                                                                   \
         V d = FN(less##W)(LOAD(W)(x + at), h);                                                                         \
         g[j] = DZ(W, at, d, a, b);                                                                                     \
         e[j] = g[j] * d;                                                                                               \
@@ -724,7 +749,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    for (; r + 4 <= rows; r += 4) SWEEP_COLUMNS(COLUMN, ASK)
+    for (; r + 4 <= all; r += 4) SWEEP_COLUMNS(COLUMN, ASK)
 #undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
@@ -732,12 +757,15 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         FN(put##W)(s + k, GET(W)(s + k) + g[0]);                                                                       \
         FN(put##W)(q + k, GET(W)(q + k) + e[0]);                                                                       \
     }
-    for (; r < rows; r++) SWEEP_COLUMNS(COLUMN, NOTHING)
+    for (; r < all + (rest > 0); r++) {
+        if (r == all) cols = rest, head = 0;
+        SWEEP_COLUMNS(COLUMN, NOTHING)
+    }
 #undef COLUMN
 #undef ROWS
 #undef ASK
-    FN(fold_columns)(s, t, sum_dy);
-    FN(fold_columns)(q, t, sum_dy_x);
+    FN(fold_columns)(s, t, join, sum_dy);
+    FN(fold_columns)(q, t, join, sum_dy_x);
     double probe = 0;
     for (idx c = 0; c < t.channels; c++) probe += (sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]);
     if (probe != 0)
@@ -752,7 +780,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
             }
 }
 
-/* IN dy, x: `rows` ≤ BLOCK_ROWS rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
+/* IN dy, x: `rows` ≤ rows_a_block() rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
  * gate.dz, if GATED. */
 static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                  double *sum_dy, double *sum_dy_x)

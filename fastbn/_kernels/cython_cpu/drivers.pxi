@@ -52,6 +52,7 @@ cdef extern from "tasks.h":
     void read_caches() noexcept nogil
     idx level2_cache, last_level_cache
     void plan(call_t *, int, int, int) noexcept nogil
+    void plan_to_apply(call_t *) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
@@ -398,6 +399,7 @@ def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.n
         else:
             moments_split(&k, threads)
             run(coefs_tile, &k, k.tiles, 1, False)
+            plan_to_apply(&k)
             run(normalize_part, &k, apply_parts(&k), threads, True)
         free(memory)
 
@@ -448,12 +450,12 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     cdef call_t k = no_call()
     take(&k, x)
     k.dy, k.out, k.batch, k.slope = data(dy), data(dx), batch, slope
-    if y is not None:
-        k.y, k.dz = data(y), data(dresidual)
+    if dresidual is not None:  # without an activation nothing is cut, whatever y says
+        k.y, k.dz = data(dy if y is None else y), data(dresidual)
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
-    threads = prepare(&k, outer, channels, inner, threads, 2 if y is None else 4, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 2 if dresidual is None else 4, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
@@ -462,6 +464,7 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
             run(coefs_tile, &k, k.tiles, 1, False)
             gradient_split(&k, threads)
             run(slopes_tile, &k, k.tiles, 1, False)
+            plan_to_apply(&k)
             run(slope_part, &k, apply_parts(&k), threads, True)
         free(memory)
 

@@ -153,6 +153,15 @@ static void plan(call_t *k, int threads, int reads, int passes)
     else k->ahead = whole_rows(k) ? 0 : 2 * columns;
 }
 
+/* Of a split call: planes that were summed as columns, but are not too small to go over one by one, are better written in order. */
+static void plan_to_apply(call_t *k)
+{
+    if (!k->columns || k->inner < SMALL_PLANE_TO_APPLY) return;
+    k->columns = 0;
+    k->runs = runs_of(k->outer, k->channels, k->inner);
+    k->ahead = 0;
+}
+
 /* From one vector of coefficients to the next, in elements: not a multiple of a page (see APART). */
 static inline idx coefs_apart(idx channels) { return (channels + 15) / 16 * 16 + 80; }
 
@@ -168,9 +177,13 @@ static inline idx rows_a_part(const call_t *k)
     return k->inner > 1 ? k->chunk : PIECE / least(k->channels, PIECE);
 }
 
+/* Planes that are no more than a block are gone over several in order, whichever way the parts are walked. */
+static inline idx planes_a_part(const call_t *k) { return k->inner < BLOCK ? BLOCK / k->inner : 1; }
+
 static inline idx apply_parts(const call_t *k)
 {
-    if (!k->columns) return k->outer * k->channels * k->runs.pieces;
+    idx planes = planes_a_part(k);
+    if (!k->columns) return (k->outer * k->channels + planes - 1) / planes * k->runs.pieces;
     idx rows = rows_a_part(k);
     return (k->outer + rows - 1) / rows * (whole_rows(k) ? 1 : k->tiles);
 }

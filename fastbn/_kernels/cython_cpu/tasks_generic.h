@@ -38,9 +38,9 @@ static inline FN(slopes) FN(slopes_from)(const call_t *k, idx c)
 static void FN(moments_chunk)(const call_t *k, idx chunk, idx first, tile_t t, double *mean, double *m2)
 {
     double count = 0, block_mean[MAX_COLUMNS], block_m2[MAX_COLUMNS];
-    idx row = chunk * k->chunk, end = least(row + k->chunk, k->outer);
-    for (; row < end; row += BLOCK_ROWS) {
-        idx rows = least(BLOCK_ROWS, end - row);
+    idx row = chunk * k->chunk, end = least(row + k->chunk, k->outer), block = rows_a_block(t);
+    for (; row < end; row += block) {
+        idx rows = least(block, end - row);
         const S *x = (const S *)k->x + row * t.ld + first * t.inner;
         if (count == 0) {
             FN(moments_columns)(x, rows, t, mean, m2);
@@ -137,10 +137,17 @@ static void FN(coefs_tile)(const call_t *k, idx i)
                      k->eps);
 }
 
+/* Planes that end in the middle of a line: see EACH_ROW. */
+INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at)
+{
+    if (k->streaming && k->inner % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(k->inner), 1, 2);
+}
+
 static inline void FN(apply_plane)(const call_t *k, idx channel, idx at, idx len)
 {
+    FN(ask_for_ragged_end)(k, at);
     FN(apply_run)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, len, FN(coefs_from)(k, 0),
-                  channel, (T)k->slope, k->streaming, k->columns && !k->fused ? 0 : k->ahead);
+                  channel, (T)k->slope, k->streaming, k->ahead);
 }
 
 static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
@@ -149,12 +156,12 @@ static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx col
                       (T)k->slope, k->streaming, k->cached, k->ahead);
 }
 
-/* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: elements to there. 0 where the
- * tile is not the whole row, or the next row would not be aligned. */
-static inline idx FN(to_aligned)(const call_t *k, const S *out, idx cols)
+/* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: elements to there. 0 where rows
+ * lie apart, or the next row would not be aligned. */
+static inline idx FN(to_aligned)(const S *out, idx ld, idx cols)
 {
     idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
-    return k->inner == 1 && cols == k->channels && cols <= SHORT_ROW && cols % vector == 0 && head < cols ? head : 0;
+    return cols == ld && cols <= SHORT_ROW && cols % vector == 0 && head < cols ? head : 0;
 }
 
 static inline T *FN(turn)(const T *values, idx n, idx by, T *turned)
@@ -162,6 +169,30 @@ static inline T *FN(turn)(const T *values, idx n, idx by, T *turned)
     memcpy(turned, values + by, (size_t)(n - by) * sizeof(T));
     memcpy(turned + n - by, values, (size_t)by * sizeof(T));
     return turned;
+}
+
+/* For the same reason so many whole rows are taken for one that it is a whole number of vectors, and not a short one: rows with
+ * ragged ends are slow, and where they are streamed, very slow. 1 where that would be too long. */
+static inline idx FN(rows_to_join)(const call_t *k, tile_t t)
+{
+    idx vector = VECTOR_BYTES / (idx)sizeof(T), joined = t.channels, n = 1;
+    if (t.inner > 1 || t.channels != k->channels) return 1;
+    while (joined % vector || joined < SHORTEST_ROW) joined += t.channels, n++;
+    return joined <= SHORT_ROW ? n : 1;
+}
+
+static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
+{
+    T turned[3][SHORT_ROW + 80];
+    idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
+    if (head) {
+        FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
+                       FN(turn)(v.b, cols, head, turned[2])};
+        FN(apply_stretch)(k, at, 1, ld, head, v);
+        FN(apply_stretch)(k, at + head, rows - 1, ld, cols, w);
+        FN(apply_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
+    } else
+        FN(apply_stretch)(k, at, rows, ld, cols, v);
 }
 
 /* Rows [row, row + rows) of a tile of columns. */
@@ -174,17 +205,17 @@ static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, ti
     }
     T room[3][APART];
     FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, 1);
-    idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner;
-    T turned[3][SHORT_ROW + 80];
-    idx head = FN(to_aligned)(k, (S *)k->out + at, cols);
-    if (head) {
-        FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
-                       FN(turn)(v.b, cols, head, turned[2])};
-        FN(apply_stretch)(k, at, 1, t.ld, head, v);
-        FN(apply_stretch)(k, at + head, rows - 1, t.ld, cols, w);
-        FN(apply_stretch)(k, at + head + (rows - 1) * t.ld, 1, t.ld, cols - head, w);
-    } else
-        FN(apply_stretch)(k, at, rows, t.ld, cols, v);
+    idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner, join = FN(rows_to_join)(k, t);
+    if (join == 1) {
+        FN(normalize_stretch)(k, at, rows, t.ld, cols, v);
+        return;
+    }
+    T repeated[3][SHORT_ROW + 80];
+    FN(coefs) w = {FN(repeat)(v.hi, cols, join, repeated[0]), FN(repeat)(v.a, cols, join, repeated[1]),
+                   FN(repeat)(v.b, cols, join, repeated[2])};
+    idx joined = rows / join, rest = rows % join * cols;
+    FN(normalize_stretch)(k, at, joined, join * cols, join * cols, w);
+    if (rest) FN(apply_stretch)(k, at + joined * join * cols, 1, rest, rest, w);
 }
 
 static void FN(normalize_part)(const call_t *k, idx i)
@@ -194,8 +225,9 @@ static void FN(normalize_part)(const call_t *k, idx i)
         tile_t t = part_of(k, i, &row, &rows, &first);
         FN(normalize_rows)(k, row, rows, first, t);
     } else {
-        idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK;
-        FN(apply_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
+        idx some = planes_a_part(k), plane = i / k->runs.pieces * some, start = (i % k->runs.pieces) * BLOCK;
+        for (idx end = least(plane + some, k->outer * k->channels); plane < end; plane++)
+            FN(apply_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
     }
 }
 
@@ -233,11 +265,11 @@ static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, 
     T room[3][APART];
     kind_t kind = kind_of(k);
     FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, kind == RELU || kind == LEAKY);
-    idx begin = chunk * k->chunk, end = least(begin + k->chunk, k->outer);
-    for (idx row = begin; row < end; row += BLOCK_ROWS) {
+    idx begin = chunk * k->chunk, end = least(begin + k->chunk, k->outer), block = rows_a_block(t);
+    for (idx row = begin; row < end; row += block) {
         idx at = row * t.ld + first * t.inner;
         FN(gradient_columns)(FN(gate_at)(k, at), (const S *)k->dy + at, (const S *)k->x + at,
-                             least(BLOCK_ROWS, end - row), t, v, block_dy, block_dy_x);
+                             least(block, end - row), t, v, block_dy, block_dy_x);
         for (idx c = 0; c < t.channels; c++) {
             sum_dy[c] = row == begin ? block_dy[c] : sum_dy[c] + block_dy[c];
             sum_dy_x[c] = row == begin ? block_dy_x[c] : sum_dy_x[c] + block_dy_x[c];
@@ -334,14 +366,30 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 
 static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 {
+    FN(ask_for_ragged_end)(k, at);
     FN(slope_run)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
-                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->columns && !k->fused ? 0 : k->ahead);
+                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
     FN(slope_columns)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
                       (S *)k->out + at, rows, ld, cols, g, k->streaming, k->cached, k->ahead);
+}
+
+static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
+{
+    T turned[5][SHORT_ROW + 80];
+    idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
+    if (head) {
+        FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
+                         FN(turn)(g.v.b, cols, head, turned[2])},
+                        FN(turn)(g.m, cols, head, turned[3]), FN(turn)(g.k, cols, head, turned[4])};
+        FN(slope_stretch)(k, at, 1, ld, head, g);
+        FN(slope_stretch)(k, at + head, rows - 1, ld, cols, w);
+        FN(slope_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
+    } else
+        FN(slope_stretch)(k, at, rows, ld, cols, g);
 }
 
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
@@ -361,18 +409,18 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
         }
         g.m = room[3], g.k = room[4];
     }
-    idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner;
-    T turned[5][SHORT_ROW + 80];
-    idx head = FN(to_aligned)(k, (S *)k->out + at, cols);
-    if (head) {
-        FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
-                         FN(turn)(g.v.b, cols, head, turned[2])},
-                        FN(turn)(g.m, cols, head, turned[3]), FN(turn)(g.k, cols, head, turned[4])};
-        FN(slope_stretch)(k, at, 1, t.ld, head, g);
-        FN(slope_stretch)(k, at + head, rows - 1, t.ld, cols, w);
-        FN(slope_stretch)(k, at + head + (rows - 1) * t.ld, 1, t.ld, cols - head, w);
-    } else
-        FN(slope_stretch)(k, at, rows, t.ld, cols, g);
+    idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner, join = FN(rows_to_join)(k, t);
+    if (join == 1) {
+        FN(gradient_stretch)(k, at, rows, t.ld, cols, g);
+        return;
+    }
+    T repeated[5][SHORT_ROW + 80];
+    FN(slopes) w = {{FN(repeat)(g.v.hi, cols, join, repeated[0]), FN(repeat)(g.v.a, cols, join, repeated[1]),
+                     FN(repeat)(g.v.b, cols, join, repeated[2])},
+                    FN(repeat)(g.m, cols, join, repeated[3]), FN(repeat)(g.k, cols, join, repeated[4])};
+    idx joined = rows / join, rest = rows % join * cols;
+    FN(gradient_stretch)(k, at, joined, join * cols, join * cols, w);
+    if (rest) FN(slope_stretch)(k, at + joined * join * cols, 1, rest, rest, w);
 }
 
 static void FN(slope_part)(const call_t *k, idx i)
@@ -382,8 +430,9 @@ static void FN(slope_part)(const call_t *k, idx i)
         tile_t t = part_of(k, i, &row, &rows, &first);
         FN(slope_rows)(k, row, rows, first, t);
     } else {
-        idx plane = i / k->runs.pieces, start = (i % k->runs.pieces) * BLOCK;
-        FN(slope_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
+        idx some = planes_a_part(k), plane = i / k->runs.pieces * some, start = (i % k->runs.pieces) * BLOCK;
+        for (idx end = least(plane + some, k->outer * k->channels); plane < end; plane++)
+            FN(slope_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
     }
 }
 
