@@ -6,7 +6,9 @@ statistic is touched.
 
 from __future__ import annotations
 
+import json
 import operator
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,9 +62,18 @@ def _as_ndarray(name: str, x: Any) -> Array:
     if isinstance(x, np.matrix):
         raise TypeError(f"{name} is a numpy.matrix, and must be an ndarray; pass numpy.asarray({name})")
     try:
-        return np.asarray(x)
-    except ValueError:  # NumPy's own says nothing of the argument
-        raise TypeError(f"{name} is a ragged {type(x).__name__}, and must be an array of numbers") from None
+        array = np.asarray(x)
+        if array.dtype == object and array.ndim == 0 and hasattr(x, "__dlpack__"):
+            array = np.from_dlpack(x)
+    except Exception as error:  # whatever it is, it says nothing of the argument
+        kind = type(x).__name__
+        if isinstance(x, (list, tuple)):
+            raise TypeError(f"{name} is a ragged {kind}, and must be an array of numbers") from None
+        hint = ""
+        if hasattr(x, "detach"):  # torch's
+            hint = ": pass its .detach().cpu().numpy(), or .detach().cpu().float().numpy() where it is bfloat16"
+        raise TypeError(f"{name} is a {kind} that NumPy cannot read ({error}), and must be an array{hint}") from None
+    return array
 
 
 def channel_axis(axis: Any, x: Array) -> int:
@@ -130,6 +141,50 @@ def momentum(value: Any) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"momentum is {value}, and must be from 0 to 1: the weight of the new batch")
     return value  # type: ignore[no-any-return]
+
+
+NAN_POLICIES = ("propagate", "skip_update", "raise")
+
+
+def nan_policy(value: Any) -> str:
+    """What a batch with a NaN does to the running statistics."""
+    if not isinstance(value, str) or value not in NAN_POLICIES:
+        raise ValueError(f"nan_policy is {value!r}, and must be one of {', '.join(map(repr, NAN_POLICIES))}")
+    return value
+
+
+def representable(mean: Array, var: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether a batch's statistics are numbers of the running statistics' dtype."""
+    most = np.finfo(dtype).max
+    return bool((np.abs(mean) <= most).all() and (var <= most).all())
+
+
+def finite_statistics(mean: Array, var: Array, dtype: np.dtype[Any]) -> None:
+    """Raises unless they are `representable`."""
+    if not representable(mean, var, dtype):
+        most = np.finfo(dtype).max
+        channels = np.flatnonzero(~((np.abs(mean) <= most) & (var <= most)))
+        raise ValueError(
+            f"x has NaN, infinite or too large values (in {channels.size} channels, the first is {channels[0]}), and "
+            "must not with nan_policy='raise'"
+        )
+
+
+def affine(value: Any) -> tuple[bool, bool]:
+    """Whether there is a weight, and whether there is a bias."""
+    if isinstance(value, str):
+        if value not in ("weight", "bias"):
+            raise ValueError(f"affine is {value!r}, and must be True, False, 'weight' or 'bias'")
+        return value == "weight", value == "bias"
+    both = flag("affine", value)
+    return both, both
+
+
+def trainable(value: Any, has_statistics: bool) -> bool:
+    """A layer that is not is normalized by its running statistics, and must have them."""
+    if not flag("trainable", value) and not has_statistics:
+        raise ValueError("trainable is False, and must be True where track_running_stats is False")
+    return bool(value)
 
 
 def activation(name: Any, negative_slope: Any) -> float:
@@ -267,7 +322,7 @@ def state(name: str, value: Any, mine: Array) -> Array:
     array = _as_ndarray(name, value)
     if array.shape != mine.shape:
         raise ValueError(f"{name} has shape {array.shape} in state, and must have shape {mine.shape}")
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in "fiu" and not is_bfloat16(array.dtype):
         raise TypeError(f"{name} has dtype {array.dtype} in state, and must be real numbers")
     if name == "num_batches_tracked" and not (np.isfinite(array) and array >= 0 and array == np.trunc(array)):
         raise ValueError(f"{name} is {array} in state, and must be an integer of at least 0")
@@ -281,3 +336,238 @@ def state_keys(state: Any, names: list[str]) -> None:
     missing, unknown = [n for n in names if n not in state], [n for n in state if n not in names]
     if missing or unknown:
         raise ValueError(f"state lacks {missing} and has unknown {unknown}; it must have exactly {names}")
+
+
+# ---- conversions, saving and folding ----
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """An object of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}, and must be a {kind.__name__}")
+
+
+def path(value: Any) -> str:
+    """A place in the file system; a number would be taken for an open file."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"path is a {type(value).__name__}, and must be a str or path-like")
+    return os.fsdecode(value)
+
+
+def epsilon(value: Any) -> float:
+    """`eps` where it is called epsilon."""
+    number = _number("epsilon", value)
+    if not 0.0 < number < float("inf"):
+        raise ValueError(f"epsilon is {number}, and must be greater than 0 and finite")
+    return number
+
+
+def momentum_of_old(value: Any) -> float:
+    """A momentum that weighs the old statistics."""
+    number = _number("momentum", value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"momentum is {number}, and must be from 0 to 1: the weight of the old statistics")
+    return number
+
+
+def vectors(named: Mapping[str, tuple[str, Any]], channels: int | None = None) -> dict[str, Array]:
+    """Parameters and statistics of any floating type and byte order, one value a channel.
+
+    named: our name → the name for the error, and the value. channels: how many there must be; as many as the first has,
+    if None.
+    """
+    arrays: dict[str, Array] = {}
+    for mine, (name, value) in named.items():
+        array = _as_ndarray(name, value)
+        if not (is_bfloat16(array.dtype) or (array.dtype.kind == "f" and array.itemsize <= 8)):
+            raise TypeError(f"{name} has dtype {array.dtype}, and must be float16, bfloat16, float32 or float64")
+        if channels is None and array.ndim == 1 and array.size:
+            channels = array.size
+        if array.shape != (channels,):
+            many = "channels" if channels is None else channels
+            raise ValueError(f"{name} has shape {array.shape}, and must have shape ({many},): one value a channel")
+        arrays[mine] = array
+    return arrays
+
+
+def variance(name: str, values: Array | None, eps: float) -> None:
+    """No variance is negative, but for rounding, which `eps` makes up for. NaN passes: it is what the source has."""
+    if values is None:
+        return
+    wrong = np.flatnonzero(values.astype(F64) + eps <= 0)
+    if wrong.size:
+        raise ValueError(f"{name} has {values[wrong[0]]} in channel {wrong[0]}, and must be variances: at least 0")
+
+
+def count(name: str, value: Any) -> int:
+    """An integer of at least 0, as a 0-d array."""
+    array = _as_ndarray(name, value)
+    if array.shape != () or array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}, and must be one integer, shape ()")
+    if not (np.isfinite(array) and array >= 0 and array == np.trunc(array)):
+        raise ValueError(f"{name} is {array}, and must be an integer of at least 0")
+    return int(array)
+
+
+TORCH = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def torch_state(state: Any, prefix: Any) -> dict[str, Any]:
+    """What a state_dict has for one BatchNorm, by name without the prefix: statistics both or neither, none unknown."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is a {type(state).__name__}, and must be a mapping, as state_dict returns")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix is a {type(prefix).__name__}, and must be a str")
+    found = {key[len(prefix) :]: key for key in state if isinstance(key, str) and key.startswith(prefix)}
+    known = [prefix + name for name in TORCH]
+    if not found.keys() & set(TORCH[:4]):
+        raise ValueError(f"state has none of {known[:4]}, and must have parameters or statistics under these names")
+    unknown = [key for name, key in found.items() if name not in TORCH]
+    if unknown:
+        raise ValueError(f"state has unknown keys {unknown} beside those of a BatchNorm, {known}")
+    statistics = found.keys() & {"running_mean", "running_var"}
+    missing = [prefix + name for name in TORCH[2:4] if name not in found]
+    if missing and (statistics or "num_batches_tracked" in found):
+        raise ValueError(f"state lacks {missing}, and must have {known[2]} and {known[3]}, or no statistics at all")
+    return {name: state[found[name]] for name in TORCH if name in found}
+
+
+def keras_weights(weights: Any, names: list[str]) -> dict[str, Any]:
+    """The weights of Keras's layer by name, of a sequence in their order or a mapping; exactly these."""
+    if isinstance(weights, Mapping):
+        missing, unknown = [n for n in names if n not in weights], [n for n in weights if n not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"weights lacks {missing} and has unknown {unknown}; with these scale and center it must have "
+                f"exactly {names}"
+            )
+        return {name: weights[name] for name in names}
+    try:
+        values = list(weights)
+    except TypeError:
+        raise TypeError(f"weights is a {type(weights).__name__}, and must be a sequence or a mapping") from None
+    if len(values) != len(names):
+        raise ValueError(
+            f"weights has {len(values)} arrays, and with these scale and center must have {len(names)}: {names}"
+        )
+    return dict(zip(names, values, strict=True))
+
+
+def flax_variables(variables: Any) -> dict[str, tuple[str, Any]]:
+    """Name → the name for the error, and the value, of linen's two collections or nnx's one level."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables is a {type(variables).__name__}, and must be a mapping")
+    collections = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
+    found: dict[str, tuple[str, Any]] = {}
+    unknown: list[str] = []
+    if any(name in variables for name in collections):
+        unknown += [str(key) for key in variables if key not in collections]
+        for name, known in collections.items():
+            inner = variables.get(name, {})
+            if not isinstance(inner, Mapping):
+                raise TypeError(f"variables[{name!r}] is a {type(inner).__name__}, and must be a mapping")
+            found |= {key: (f"{name}.{key}", inner[key]) for key in known if key in inner}
+            unknown += [f"{name}.{key}" for key in inner if key not in known]
+    else:
+        flat = ("scale", "bias", "mean", "var")
+        found = {key: (key, variables[key]) for key in flat if variables.get(key) is not None}
+        unknown += [str(key) for key in variables if key not in flat]
+    missing = [key for key in ("mean", "var") if key not in found]
+    if missing or unknown:
+        raise ValueError(
+            f"variables lacks {missing} and has unknown {unknown}; it must have batch_stats (mean and var) and may "
+            "have params (scale and bias), of one BatchNorm"
+        )
+    return found
+
+
+def statistics(bn: Any) -> None:
+    """A layer must have running statistics."""
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("bn has no running statistics (track_running_stats is False), and must have them")
+
+
+def held(target: str, bn: Any, axis: int | None) -> None:
+    """A layer must be one that another library can hold; axis: the only channel axis there, or None."""
+    statistics(bn)
+    if bn.activation is not None:
+        raise ValueError(
+            f"bn.activation is {bn.activation!r}, and must be None: {target} has none; set it to None and put the "
+            "activation after it there"
+        )
+    if bn.momentum is None:
+        raise ValueError(
+            f"bn.momentum is None (a cumulative average), and must be a number: {target} knows no other; set one"
+        )
+    momentum(bn.momentum)
+    if axis is not None and bn.axis != axis:
+        raise ValueError(
+            f"bn.axis is {bn.axis}, and must be {axis}: {target} has its channels there; set it, and turn the data"
+        )
+
+
+def file_options(key: str, text: Any, names: list[str]) -> dict[str, Any] | None:
+    """The options in a file's metadata, all of them known; None where there are none."""
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"its metadata has {text[:80]!r} under {key!r}, and must have JSON of a layer's options")
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise ValueError(f"its metadata has unknown options {unknown}; this version of fastbn knows {names}")
+    return options
+
+
+def file_tensors(tensors: Mapping[str, Any], parameters: Any, track: Any) -> dict[str, Any]:
+    """A file's tensors, which must be those that its options say; beside a bias there is a weight, for torch."""
+    weight, bias = affine(parameters)
+    flag("track_running_stats", track)
+    there = {"weight": weight or bias, "bias": bias} | dict.fromkeys(TORCH[2:], track)
+    names = [name for name in TORCH if there[name]]
+    missing, unknown = [n for n in names if n not in tensors], [n for n in tensors if n not in names]
+    if missing or unknown:
+        raise ValueError(f"it lacks {missing} and has unknown {unknown}; by its options it must have exactly {names}")
+    return {name: tensors[name] for name in names}
+
+
+def ones(name: str, values: Array) -> None:
+    """All 1, as what stands for a parameter that the layer does not have."""
+    if not (values == 1).all():
+        raise ValueError(f"{name} has other values than 1, and must be 1: by the options the layer has a bias alone")
+
+
+def output_axis(axis: Any, weight: Array, channels: int) -> int:
+    """weight's axis of output channels, counted from the start."""
+    ndim = weight.ndim
+    number = integer("axis", axis)
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis is {number}, and must be from {-ndim} to {ndim - 1} for weight of shape {weight.shape}")
+    if weight.shape[number] != channels:
+        raise ValueError(
+            f"weight has shape {weight.shape}, and must have {channels} (bn's num_features) along axis {number}"
+        )
+    return number % ndim
+
+
+def output_bias(bias: Any, channels: int) -> Array:
+    """A bias of the layer before, of any type of data."""
+    array = data("bias", bias)
+    if array.shape != (channels,):
+        raise ValueError(f"bias has shape {array.shape}, and must have shape ({channels},): one value a channel")
+    return array
+
+
+def fits(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
+    """`wide` as `dtype`, which must be able to hold it."""
+    with np.errstate(all="ignore"):
+        result: Array = wide.astype(dtype)
+    if (np.isfinite(wide) & ~np.isfinite(result)).any():
+        raise ValueError(
+            f"{name} when folded has {np.abs(wide[np.isfinite(wide)]).max():.3g}, and must fit weight's dtype {dtype}; "
+            "pass weight as a wider type"
+        )
+    return result

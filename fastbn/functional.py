@@ -14,7 +14,7 @@ import numpy as np
 
 from . import backends, checks
 from .layout import Layout, canonical, finish, like, output
-from .statistics import Moments
+from .statistics import moments
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -68,6 +68,8 @@ def batch_norm(
     *,
     training: bool = False,
     momentum: float = 0.1,
+    unbiased: bool = True,
+    nan_policy: str = "propagate",
     eps: float = 1e-5,
     axis: int = 1,
     activation: str | None = None,
@@ -83,13 +85,20 @@ def batch_norm(
     x : ndarray of float16, bfloat16 (of ml_dtypes), float32 or float64, 2 to 5 axes
         Half types are converted as they are read and written; what is computed from them is computed in float32.
     running_mean, running_var : ndarray of float32 or float64, shape (channels,), optional
-        In training they are updated in place: ``running += momentum * (batch - running)``, with the unbiased variance.
-        Otherwise they are what normalizes x, and must be given.
+        In training they are updated in place: ``running += momentum * (batch - running)``. Otherwise they are what
+        normalizes x, and must be given.
     weight, bias : ndarray of float32 or float64, shape (channels,), optional
         Scale and shift (γ and β); 1 and 0 where absent.
     training : bool
     momentum : float from 0 to 1
         The weight of the new batch.
+    unbiased : bool
+        Whether the running variance takes the batch's unbiased variance (divided by n - 1, as in torch) or the
+        population's (by n, as in ONNX and Keras). x is normalized by the population's either way.
+    nan_policy : {"propagate", "skip_update", "raise"}
+        What a training batch does that has a NaN, an infinity or statistics that overflow: go into the running
+        statistics; leave them as they were (y shows the NaN); or raise before anything is written, for which x is read
+        once more.
     eps : float
         Added to the variance.
     axis : int
@@ -122,11 +131,13 @@ def batch_norm(
     if checks.flag("training", training):
         return train_forward(
             x, running_mean, running_var, weight, bias,
-            momentum=momentum, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
-            residual=residual, out=out, num_threads=num_threads, keep=False,
+            momentum=momentum, unbiased=unbiased, nan_policy=nan_policy, eps=eps, axis=axis, activation=activation,
+            negative_slope=negative_slope, residual=residual, out=out, num_threads=num_threads, keep=False,
         )[0]  # fmt: skip
     source, layout = canonical("x", x, axis)
     checks.momentum(momentum)
+    checks.flag("unbiased", unbiased)
+    checks.nan_policy(nan_policy)
     mean, var = _running(running_mean, running_var, layout.channels, update=False)
     slope = checks.activation(activation, negative_slope)
     return _normalize(
@@ -136,23 +147,32 @@ def batch_norm(
 
 def train_forward(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, *,
-    momentum: float, eps: float, axis: int, activation: str | None, negative_slope: float, residual: Any,
-    out: Array | None, num_threads: int | None = None, keep: bool = True,
-) -> tuple[Array, Saved]:  # fmt: skip
+    momentum: float, unbiased: bool, nan_policy: str, eps: float, axis: int, activation: str | None,
+    negative_slope: float, residual: Any, out: Array | None, num_threads: int | None = None, keep: bool = True,
+) -> tuple[Array, Saved, bool]:  # fmt: skip
     """`batch_norm_forward` that also updates the running statistics, where there are any: a training step's forward.
 
-    Without `keep` out may be x, and `saved` is then of no use.
+    Without `keep` out may be x, and `saved` is then of no use. The third result: whether the batch counted, which an
+    empty one does not, nor one that the `nan_policy` skips.
     """
     source, layout = canonical("x", x, axis)
     rate = checks.momentum(momentum)
+    checks.flag("unbiased", unbiased)
     mean, var = _running(running_mean, running_var, layout.channels, update=True)
     slope = checks.activation(activation, negative_slope)
+    if checks.nan_policy(nan_policy) == "raise" and source.size:
+        batch = moments(x, axis=axis, num_threads=num_threads)
+        checks.finite_statistics(batch.mean, batch.var(), batch.mean.dtype if var is None else var.dtype)
     y, saved = _forward(
         x, source, layout, weight, bias, eps, slope, residual, out, num_threads, keep=keep, apart=(mean, var)
     )  # fmt: skip
-    if mean is not None and source.size:
-        backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, layout.values)
-    return y, saved
+    counts = source.size > 0
+    if nan_policy == "skip_update" and counts and var is not None:
+        counts = checks.representable(saved.mean, saved.var, var.dtype)
+    if mean is not None and counts:
+        correction = layout.values / (layout.values - 1) if unbiased else 1.0
+        backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, correction)
+    return y, saved, counts
 
 
 def batch_norm_forward(
@@ -318,36 +338,6 @@ def batch_norm_backward(
     if residual_memory is None or dresidual is None:
         return gradients
     return *gradients, finish(residual_memory, dresidual, layout)
-
-
-def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments:
-    """Count, mean and sum of squared deviations of each channel.
-
-    Parameters
-    ----------
-    x : ndarray of float16, bfloat16, float32 or float64, 2 to 5 axes
-    axis : int
-        The channel axis.
-    num_threads : int, optional
-
-    Returns
-    -------
-    Moments
-        Merge with ``+``; ``.var()`` gives the variance. Welford's update, in the pairwise form of Chan, Golub and
-        LeVeque (1983).
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what it was and what it must be.
-    """
-    source, layout = canonical("x", x, axis)
-    outer, channels, inner = layout[:3]
-    mean, m2 = np.zeros(channels), np.zeros(channels)
-    kernels, threads = backends.serving(num_threads)
-    if source.size:
-        kernels.moments(source, outer, channels, inner, mean, m2, threads)
-    return Moments(layout.values, mean, m2)
 
 
 def _running(mean: Any, var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from . import checks
-from .functional import Saved, batch_norm, batch_norm_backward, train_forward
+from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_eval_forward, train_forward
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -24,16 +24,24 @@ class BatchNorm:
         Channels.
     eps : float
         Added to the variance.
-    momentum : float from 0 to 1
-        The weight of the new batch in the running statistics.
-    affine : bool
-        Whether there are a weight and a bias.
+    momentum : float from 0 to 1, or None
+        The weight of the new batch in the running statistics; None is their cumulative average over all batches.
+    affine : bool, "weight" or "bias"
+        Whether there are a weight and a bias, or which one.
     activation : {None, "relu", "leaky_relu"}
         Applied to the result, in the same pass over memory.
     negative_slope : float of at least 0
         leaky_relu's slope under 0.
     track_running_stats : bool
         Whether there are running statistics; without them the batch's own serve in eval mode too.
+    unbiased : bool
+        Whether the running variance takes the batches' unbiased variance (as in torch), or the population's (as in ONNX
+        and Keras).
+    trainable : bool
+        Where False, the layer is frozen: in training mode too it normalizes by its running statistics, which stay as
+        they are; `backward` treats them as constants. `freeze` and `unfreeze` change it later.
+    nan_policy : {"propagate", "skip_update", "raise"}
+        What a training batch with a NaN or an infinity does: see `batch_norm`.
     axis : int
         The channel axis: 1 for NC and NCHW, -1 for channels-last.
     dtype : {float32, float64}
@@ -66,9 +74,12 @@ class BatchNorm:
         num_features: int,
         *,
         eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
+        momentum: float | None = 0.1,
+        affine: bool | str = True,
         track_running_stats: bool = True,
+        unbiased: bool = True,
+        trainable: bool = True,
+        nan_policy: str = "propagate",
         axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
@@ -76,16 +87,19 @@ class BatchNorm:
     ) -> None:
         self.num_features = checks.positive("num_features", num_features)
         self.eps = checks.eps(eps)
-        self.momentum = checks.momentum(momentum)
+        self.momentum = None if momentum is None else checks.momentum(momentum)
         self.axis = checks.integer("axis", axis)
         checks.activation(activation, negative_slope)
         self.activation, self.negative_slope = activation, negative_slope
         self.dtype = checks.parameter_dtype(dtype)
-        checks.flag("affine", affine)
+        has_weight, has_bias = checks.affine(affine)
         checks.flag("track_running_stats", track_running_stats)
+        self.unbiased = checks.flag("unbiased", unbiased)
+        self.nan_policy = checks.nan_policy(nan_policy)
+        self.trainable = checks.trainable(trainable, track_running_stats)
         self.training = True
-        self.weight = np.ones(num_features, self.dtype) if affine else None
-        self.bias = np.zeros(num_features, self.dtype) if affine else None
+        self.weight = np.ones(num_features, self.dtype) if has_weight else None
+        self.bias = np.zeros(num_features, self.dtype) if has_bias else None
         self.running_mean = np.zeros(num_features, self.dtype) if track_running_stats else None
         self.running_var = np.ones(num_features, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0 if track_running_stats else None
@@ -94,11 +108,23 @@ class BatchNorm:
         self.grad_residual: Array | None = None
         self._saved: Saved | None = None
 
+    @property
+    def affine(self) -> bool | str:
+        """Whether there are a weight and a bias: True, False, or the name of the only one."""
+        if (self.weight is None) == (self.bias is None):
+            return self.weight is not None
+        return "bias" if self.weight is None else "weight"
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        return self.running_mean is not None
+
     def __call__(self, x: Any, residual: Any = None, *, out: Array | None = None) -> Array:
         """y, of x's shape, dtype and memory order.
 
-        In training: by the batch's statistics, which also update the running ones; `backward` may follow. In eval
-        mode: by the running statistics, and nothing is kept for `backward`.
+        In training: by the batch's statistics, which also update the running ones; `backward` may follow. Frozen: by
+        the running statistics; `backward` may follow. In eval mode: by them too, and nothing is kept for `backward`.
 
         Parameters
         ----------
@@ -122,13 +148,22 @@ class BatchNorm:
             )  # fmt: skip
             self._saved = None
             return y
-        y, self._saved = train_forward(
+        if not self.trainable:
+            y, self._saved = batch_norm_eval_forward(
+                x, self.running_mean, self.running_var, self.weight, self.bias,
+                eps=self.eps, axis=self.axis, activation=self.activation, negative_slope=self.negative_slope,
+                residual=residual, out=out,
+            )  # fmt: skip
+            return y
+        batches = self.num_batches_tracked or 0
+        y, self._saved, counts = train_forward(
             x, self.running_mean, self.running_var, self.weight, self.bias,
-            momentum=self.momentum, eps=self.eps, axis=self.axis, activation=self.activation,
+            momentum=1 / (batches + 1) if self.momentum is None else self.momentum, unbiased=self.unbiased,
+            nan_policy=self.nan_policy, eps=self.eps, axis=self.axis, activation=self.activation,
             negative_slope=self.negative_slope, residual=residual, out=out,
         )  # fmt: skip
-        if self.num_batches_tracked is not None and self._saved.layout.values:
-            self.num_batches_tracked += 1
+        if self.num_batches_tracked is not None and counts:
+            self.num_batches_tracked = batches + 1
         return y
 
     def backward(self, dy: Any, *, out: Array | None = None, out_residual: Array | None = None) -> Array:
@@ -168,8 +203,28 @@ class BatchNorm:
         """Normalize by the running statistics from now on."""
         return self.train(False)
 
+    def freeze(self) -> Self:
+        """Normalize by the running statistics in training mode too, and leave them as they are.
+
+        Raises
+        ------
+        ValueError
+            Where there are none.
+        """
+        self.trainable = checks.trainable(False, self.running_mean is not None)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`."""
+        self.trainable = True
+        return self
+
     def reset_running_stats(self) -> None:
-        """Running mean 0, variance 1, no batches tracked, as at the start."""
+        """Running mean 0, variance 1, no batches tracked, as at the start.
+
+        With ``momentum=None`` and a pass over the data in training mode, the statistics are then estimated anew
+        ("precise" batch normalization: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3).
+        """
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean[...] = 0
             self.running_var[...] = 1
@@ -196,14 +251,33 @@ class BatchNorm:
             else:
                 getattr(self, name)[...] = value
 
+    def scale_shift(self) -> tuple[Array, Array]:
+        """What eval mode does, as ``x * scale + shift``: see `fastbn.folding.scale_shift`."""
+        from .folding import scale_shift
+
+        return scale_shift(self)
+
+    def save(self, path: Any) -> None:
+        """Write parameters, statistics and options to a safetensors file: see `fastbn.convert.save`."""
+        from .convert import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: Any) -> Self:
+        """The layer in a file that `save`, or torch, wrote: see `fastbn.convert.load`."""
+        from .convert import load
+
+        return load(path, cls)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward pass left for `backward`: a copy or a pickle does not carry a batch."""
         return self.__dict__ | {"_saved": None}
 
     def __repr__(self) -> str:
         return (
-            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.weight is not None}, track_running_stats={self.running_mean is not None}, "
-            f"axis={self.axis}, activation={self.activation!r}, negative_slope={self.negative_slope}, "
-            f"dtype={self.dtype})"
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine!r}, track_running_stats={self.running_mean is not None}, unbiased={self.unbiased}, "
+            f"trainable={self.trainable}, nan_policy={self.nan_policy!r}, axis={self.axis}, "
+            f"activation={self.activation!r}, negative_slope={self.negative_slope}, dtype={self.dtype})"
         )

@@ -1,4 +1,4 @@
-"""Moments: the one way in which fastbn holds and combines statistics."""
+"""Moments: the one way in which fastbn holds and combines statistics, and the function that takes them of an array."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from . import backends, checks
+from .layout import canonical
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Moments:
     """Count, mean and sum of squared deviations of a set of values, for each channel.
 
-    Two sets' moments merge with ``+`` into the moments of their union: over blocks, threads, processes or batches.
+    Two sets' moments merge with ``+`` into the moments of their union: over blocks, threads, processes or batches. A
+    data set that does not fit into memory is gone through in chunks::
+
+        total = Moments.none(channels)
+        for chunk in chunks:
+            total.update(chunk)
 
     Parameters
     ----------
@@ -36,7 +44,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         for name in ("mean", "m2"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+            setattr(self, name, np.asarray(getattr(self, name), np.float64))
         if self.count < 0 or self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
             raise ValueError(
                 f"count is {self.count}, mean has shape {self.mean.shape} and m2 {self.m2.shape}; "
@@ -62,6 +70,39 @@ class Moments:
             raise ValueError(f"count is {self.count}, and must be at least {needed} for this variance")
         return self.m2 / divisor
 
+    @classmethod
+    def none(cls, channels: int) -> Moments:
+        """The moments of no values: count 0, to begin with.
+
+        Parameters
+        ----------
+        channels : int
+        """
+        channels = checks.positive("channels", channels)
+        return cls(0, np.zeros(channels), np.zeros(channels))
+
+    def update(self, x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments:
+        """Take in one more chunk of the data: what ``self + moments(x)`` gives, in place.
+
+        Parameters
+        ----------
+        x, axis, num_threads
+            As for `moments`; x has as many channels as there are.
+
+        Returns
+        -------
+        Moments
+            Itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what it was and what it must be. The moments are then as they were.
+        """
+        total = self + moments(x, axis=axis, num_threads=num_threads)
+        self.count, self.mean, self.m2 = total.count, total.mean, total.m2
+        return self
+
     def __radd__(self, other: Any) -> Moments:
         """0 + moments, so that ``sum`` works."""
         return self if type(other) is int and other == 0 else NotImplemented
@@ -79,3 +120,33 @@ class Moments:
         share = other.count / count
         delta = other.mean - self.mean
         return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share))
+
+
+def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments:
+    """Count, mean and sum of squared deviations of each channel.
+
+    Parameters
+    ----------
+    x : ndarray of float16, bfloat16, float32 or float64, 2 to 5 axes
+    axis : int
+        The channel axis.
+    num_threads : int, optional
+
+    Returns
+    -------
+    Moments
+        Merge with ``+``; ``.var()`` gives the variance. Welford's update, in the pairwise form of Chan, Golub and
+        LeVeque (1983).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what it was and what it must be.
+    """
+    source, layout = canonical("x", x, axis)
+    outer, channels, inner = layout[:3]
+    mean, m2 = np.zeros(channels), np.zeros(channels)
+    kernels, threads = backends.serving(num_threads)
+    if source.size:
+        kernels.moments(source, outer, channels, inner, mean, m2, threads)
+    return Moments(layout.values, mean, m2)

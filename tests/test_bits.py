@@ -227,7 +227,9 @@ def test_environment():
 
 
 @pytest.mark.parametrize("caches", [(1, 1), (1, 1 << 40), (1 << 40, 1), (1 << 16, 1 << 40)], ids=str)
-@pytest.mark.parametrize("shape", [(700, 96, 1), (601, 65, 1), (70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(700, 96, 1), (601, 65, 1), (70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)], ids=str
+)
 @pytest.mark.parametrize("fused", ["plain", "relu", "added leaky"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_caches(compiled, dtype, caches, shape, fused):

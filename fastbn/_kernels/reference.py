@@ -180,9 +180,11 @@ def backward(
 
 @_quiet
 def update_running_stats(
-    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float, count: int
+    running_mean: Array, running_var: Array, mean: Array, var: Array, momentum: float, correction: float
 ) -> None:
-    """running += momentum · (batch - running), with the unbiased variance. Writes both running statistics."""
-    unbiased = count / (count - 1)
+    """running += momentum · (batch - running). Writes both running statistics.
+
+    `correction`: n/(n - 1) for the unbiased variance, 1 for the population's.
+    """
     running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
-    running_var[...] = (1 - momentum) * running_var.astype(np.float64) + momentum * (var * unbiased)
+    running_var[...] = (1 - momentum) * running_var.astype(np.float64) + momentum * (var * correction)

@@ -44,7 +44,9 @@ class BatchNorm(layers.BatchNorm):
         self.backward(dy)
 
     def parameters(self) -> Iterator[tuple[Array, Array | None]]:
-        """Weight and bias, where there are any."""
+        """Weight and bias, where there are any and the layer is not frozen."""
+        if not self.trainable:
+            return
         if self.weight is not None:
             yield self.weight, self.grad_weight
         if self.bias is not None:

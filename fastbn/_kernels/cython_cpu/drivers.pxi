@@ -470,12 +470,12 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
 
 
 def update_running_stats(np.ndarray running_mean, np.ndarray running_var, np.ndarray mean, np.ndarray var,
-                         double momentum, idx count):
+                         double momentum, double correction):
     cdef idx channels = np.PyArray_DIM(mean, 0)
     # By stride: a running statistic may be a view, and is updated in place.
     blend(result(running_mean), np.PyArray_STRIDE(running_mean, 0), channels, <const double *>data(mean), 1, momentum)
-    blend(result(running_var), np.PyArray_STRIDE(running_var, 0), channels, <const double *>data(var),
-          <double>count / <double>(count - 1), momentum)
+    blend(result(running_var), np.PyArray_STRIDE(running_var, 0), channels, <const double *>data(var), correction,
+          momentum)
 
 
 def limit(np.ndarray x, np.ndarray other, np.ndarray out, bint streaming, int threads):
