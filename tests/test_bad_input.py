@@ -301,7 +301,7 @@ ANYTHING = st.one_of(
     call=st.sampled_from(sorted(CALLS)),
     arguments=st.dictionaries(
         st.sampled_from(["x", "running_mean", "running_var", "weight", "bias", "axis", "eps", "momentum", "out", "num_threads",
-                         "residual", "activation", "negative_slope"]),
+                         "residual", "activation", "negative_slope", "unbiased", "nan_policy", "training"]),
         ANYTHING,
         min_size=1,
         max_size=3,
@@ -333,6 +333,51 @@ def test_backward_only_type_and_value_errors(dy, out):
             fastbn.batch_norm_backward(X, saved, out=out)
         with pytest.raises((TypeError, ValueError)):
             fastbn.batch_norm_backward(X, saved, out_residual=out)
+
+
+@given(
+    arguments=st.dictionaries(
+        st.sampled_from(["num_features", "eps", "momentum", "affine", "track_running_stats", "unbiased", "trainable",
+                         "nan_policy", "axis", "activation", "negative_slope", "dtype"]),
+        ANYTHING,
+        min_size=1,
+        max_size=3,
+    ),
+    x=ANYTHING,
+)  # fmt: skip
+def test_layer_only_type_and_value_errors(arguments, x):
+    """A layer is made and used, or refused by TypeError or ValueError."""
+    features = arguments.get("num_features")
+    if isinstance(features, int):  # many are allowed, and slow
+        arguments["num_features"] = min(features, 1000)
+    try:
+        layer = fastbn.BatchNorm(**{"num_features": 3} | arguments)
+        state = layer.state_dict()
+        layer(x)
+        layer.backward(x)
+    except (TypeError, ValueError) as error:
+        assert not isinstance(error, UnicodeError)
+        return
+    assert layer.state_dict().keys() == state.keys()
+
+
+@given(
+    state=st.one_of(
+        ANYTHING,
+        st.dictionaries(st.sampled_from([*fastbn.BatchNorm(3).state_dict(), "other"]), ANYTHING),
+        st.tuples(st.sampled_from([*fastbn.BatchNorm(3).state_dict()]), ANYTHING).map(
+            lambda one: fastbn.BatchNorm(3).state_dict() | dict([one])
+        ),
+    )
+)
+def test_state_only_type_and_value_errors(state):
+    layer = fastbn.BatchNorm(3)
+    before = {name: value.tobytes() for name, value in layer.state_dict().items()}
+    try:
+        layer.load_state_dict(state)
+    except (TypeError, ValueError) as error:
+        assert not isinstance(error, UnicodeError)
+        assert {name: value.tobytes() for name, value in layer.state_dict().items()} == before
 
 
 @pytest.mark.parametrize("call", [fastbn.moments, fastbn.batch_norm_forward, fastbn.BatchNorm(2)], ids=str)

@@ -40,6 +40,40 @@ def test_merge(kernels, cuts):
     assert_same(right, whole)
 
 
+@given(cuts=st.lists(st.integers(0, 40), max_size=5))
+def test_update(kernels, cuts):
+    """Chunk by chunk, of a data set that need not fit into memory: the whole's moments."""
+    x = sample((40, 2, 3), np.float64, axis=-1) + np.arange(40).reshape(40, 1, 1)
+    total = Moments.none(3)
+    for piece in np.split(x, sorted(cuts)):
+        before = total
+        assert total.update(piece, axis=-1) is before
+    assert_same(total, fastbn.moments(x, axis=-1))
+
+
+def test_update_over_a_memory_map(kernels, tmp_path):
+    """Rows of 12 bytes at a mean of 1e4: float32's own sum would lose all digits."""
+    x = (sample((100_003, 3), np.float64) + 1e4).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    total, mapped = Moments.none(3), np.load(tmp_path / "x.npy", mmap_mode="r")
+    for start in range(0, len(mapped), 7001):
+        total.update(mapped[start : start + 7001])
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(total.mean, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(total.var(), exact.var(0), rtol=1e-6)
+
+
+def test_update_that_raises_leaves_the_moments():
+    total = fastbn.moments(sample((5, 3), np.float64))
+    count, mean, m2 = total.count, total.mean.copy(), total.m2.copy()
+    for bad in (np.ones((4, 2)), np.ones(3), np.ones((4, 3), int), None):
+        with pytest.raises((TypeError, ValueError)):
+            total.update(bad)
+    with pytest.raises(ValueError, match="channels is 0, and must be at least 1"):
+        Moments.none(0)
+    assert total.count == count and (total.mean == mean).all() and (total.m2 == m2).all()
+
+
 def test_merge_of_unlike_pieces():
     """One value and a thousand; means far apart."""
     a, b = np.full((1, 1), 1e6), sample((1000, 1), np.float64)
