@@ -48,7 +48,9 @@ def test_update(kernels, cuts):
     for piece in np.split(x, sorted(cuts)):
         before = total
         assert total.update(piece, axis=-1) is before
-    assert_same(total, fastbn.moments(x, axis=-1))
+    assert total.count == 80
+    np.testing.assert_allclose(total.mean, x.mean((0, 1)), rtol=1e-13)
+    np.testing.assert_allclose(total.var(), x.var((0, 1)), rtol=1e-13)
 
 
 def test_update_over_a_memory_map(kernels, tmp_path):
