@@ -359,7 +359,7 @@ static __attribute__((noinline)) FN(sums) FN(gradient_runs_slow)(FN(gate_t) gate
                                                                 FN(coefs) v, idx c)
 {
     FN(sums) t = {0, 0};
-    if (gate.kind == GATED) { /* dz is there, and dy may be no more */
+    if (gate.kind == GATED && gate.dz) { /* dz is there, and dy may be no more */
         gate.kind = PLAIN;
         dy = gate.dz;
     }
@@ -384,7 +384,7 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
     UNROLLED for (int u = 0; u < (n); u++) {                                                                           \
         idx at = r * b.stride + i + u * WIDTH;                                                                         \
         VEC d = FN(less)(FN(load)(x + at), (VEC){0} + hi), g = DZ(, at, d, sa, sb);                                    \
-        if (gate.kind == GATED) FN(store)(gate.dz + at, g);                                                            \
+        if (gate.kind == GATED && gate.dz) FN(store)(gate.dz + at, g);                                                 \
         s[u] += g;                                                                                                     \
         q[u] += g * d;                                                                                                 \
     }
@@ -405,7 +405,7 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
         for (idx j = 0; j < b.len - i; j++) {
             idx at = r * b.stride + i + j;
             T d = FN(load1)(x + at) - hi, g = DZ(1, at, d, sa, sb);
-            if (gate.kind == GATED) FN(store1)(gate.dz + at, g);
+            if (gate.kind == GATED && gate.dz) FN(store1)(gate.dz + at, g);
             tail_s[j] += g;
             tail_q[j] += g * d;
         }
@@ -417,7 +417,7 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
     return probe - probe == 0 ? t : FN(gradient_runs_slow)(gate, dy, x, b, v, c);
 }
 
-/* IN dy, x: a block of channel c. OUT gate.dz, if GATED. */
+/* IN dy, x: a block of channel c. OUT gate.dz, if GATED and there. */
 static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, block_t b, FN(coefs) v, idx c)
 {
     FN(gate_t) g = gate;
@@ -429,21 +429,51 @@ static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, bloc
     }
 }
 
-/* IN dy, x, OUT dx: one run of channel c; with fixed statistics (not `batch`) dx = dz·a. out may be dy or x. */
+/* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors. */
+static inline int FN(streams_beside)(FN(gate_t) gate, const S *out, int streaming)
+{
+    return gate.kind == GATED && streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
+}
+
+INLINE T FN(pass1)(FN(gate_t) gate, idx at, int streams, T dz)
+{
+    if (gate.kind == GATED) FN(store1)(gate.dz + at, dz);
+    return dz;
+}
+INLINE NARROW FN(pass16)(FN(gate_t) gate, idx at, int streams, NARROW dz)
+{
+    if (gate.kind == GATED) FN(store16)(gate.dz + at, dz);
+    return dz;
+}
+INLINE VEC FN(pass)(FN(gate_t) gate, idx at, int streams, VEC dz)
+{
+    if (gate.kind == GATED) {
+        if (streams) FN(stream)(gate.dz + at, dz);
+        else FN(store)(gate.dz + at, dz);
+    }
+    return dz;
+}
+
+/* IN dy, x, OUT dx, gate.dz (if GATED): one run of channel c; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may be
+ * dy. */
 INLINE void FN(slope_run_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx len, FN(slopes) g, idx ch,
                              int streaming, idx ahead)
 {
     const idx rows = 1, ld = 0;
     const T hi = g.v.hi[ch], a = g.v.a[ch], b = g.v.b[ch];
     const T m = batch ? g.m[ch] : 0, k = batch ? g.k[ch] : 0;
-#define AHEAD(i) FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);
+    const int streams = FN(streams_beside)(gate, out, streaming);
+#define AHEAD(i)                                                                                                       \
+    FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);                                                           \
+    if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);
 #define PREPARE NOTHING
-#define FORMULA(W, i) ((DZ(W, i, LOAD(W)(x + i) - hi, a, b) - m) - (LOAD(W)(x + i) - hi) * k) * a
+#define PASS(W, i, d) FN(pass##W)(gate, i, streams, DZ(W, i, d, a, b))
+#define FORMULA(W, i) ((PASS(W, i, LOAD(W)(x + i) - hi) - m) - (LOAD(W)(x + i) - hi) * k) * a
     if (batch) {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
 #undef FORMULA
-#define FORMULA(W, i) DZ(W, i, LOAD(W)(x + i) - hi, a, b) * a
+#define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
@@ -459,7 +489,8 @@ static void FN(slope_run)(FN(gate_t) gate, int batch, const S *dy, const S *x, S
     switch (gate.kind) {
     case PLAIN: as.kind = PLAIN; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
     case RELU: as.kind = RELU; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
-    default: as.kind = LEAKY; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead);
+    case LEAKY: as.kind = LEAKY; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
+    default: as.kind = GATED; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead);
     }
 }
 
@@ -667,11 +698,11 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
 static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 
 /* Rows [0, all) of a tile. From memory one by one: it is read and written in order. Where the tensors are in cache, four at a time,
- * which share a load of the coefficients. Where rows are streamed and end in the middle of a line, that line alone goes through the
+ * which share a load of the coefficients (`fours`: unless too much else is read and written). Where rows are streamed and end in the middle of a line, that line alone goes through the
  * cache, and all that is streamed waits for it: it is asked for in time. */
-#define EACH_ROW(SHIFT)                                                                                                \
+#define EACH_ROW(SHIFT, fours)                                                                                         \
     idx r = 0;                                                                                                         \
-    if (cached && (len != ld || ld * (idx)sizeof(S) <= 2048))                                                          \
+    if (fours && cached && (len != ld || ld * (idx)sizeof(S) <= 2048))                                                          \
         for (const idx rows = 4; r + 4 <= all; r += 4) {                                                               \
             SWEEP_STORE                                                                                                \
             SHIFT(4)                                                                                                   \
@@ -696,7 +727,7 @@ INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out
         if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
     }
 #define FORMULA(W, i) Y(W, i, hi, a, b)
-    EACH_ROW(SHIFT)
+    EACH_ROW(SHIFT, 1)
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
@@ -740,8 +771,8 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         idx at = (r + j) * w.ld + k;                                                                                   \
         V d = FN(less##W)(LOAD(W)(x + at), h);                                                                         \
         g[j] = DZ(W, at, d, a, b);                                                                                     \
+        if (gate.kind == GATED && gate.dz) FN(store##W)(gate.dz + at, g[j]);                                           \
         e[j] = g[j] * d;                                                                                               \
-        if (gate.kind == GATED) FN(store##W)(gate.dz + at, g[j]);                                                      \
     }
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
@@ -773,7 +804,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
             if ((sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]) != 0) {
                 block_t b = {0, rows, t.ld, t.inner};
                 FN(gate_t) mine = gate;
-                if (gate.kind == GATED) mine.dz += c * t.inner;
+                if (gate.kind == GATED) mine.y += c * t.inner, mine.dz += mine.dz ? c * t.inner : 0;
                 FN(sums) again = FN(gradient_runs_slow)(mine, dy + c * t.inner, x + c * t.inner, b, v, c * t.inner);
                 sum_dy[c] = again.dy;
                 sum_dy_x[c] = again.dy_x;
@@ -781,7 +812,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
 }
 
 /* IN dy, x: `rows` ≤ rows_a_block() rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
- * gate.dz, if GATED. */
+ * gate.dz, if GATED and there. */
 static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                  double *sum_dy, double *sum_dy_x)
 {
@@ -794,25 +825,34 @@ static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx r
     }
 }
 
-/* IN dy, x, OUT dx: `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out may be dy or x. */
+/* IN dy, x, OUT dx, gate.dz (if GATED): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
+ * may be dy. */
 INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
                                  FN(slopes) g, int streaming, int cached, idx ahead)
 {
     const T *restrict ms = g.m, *restrict as = g.v.a, *restrict his = g.v.hi, *restrict ks = g.k;
     const T *restrict bs = g.v.b;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
-#define SHIFT(n) x += n * ld, dy += n * ld, out += n * ld;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = FN(streams_beside)(gate, out, streaming);
+#define SHIFT(n)                                                                                                       \
+    x += n * ld, dy += n * ld, out += n * ld;                                                                          \
+    if (gate.kind == GATED) gate.y += n * ld, gate.dz += n * ld;
+#define BESIDE_AHEAD(i)                                                                                                \
+    if (gate.kind == GATED) {                                                                                          \
+        FN(ask_ahead)(gate.y, i, ahead);                                                                               \
+        if (!streams) FN(ask_to_write)(gate.dz, i, ahead);                                                             \
+    }
 #define AHEAD(i)                                                                                                       \
     if (rows == 1) {                                                                                                   \
         FN(ask_ahead)(x, i, ahead), FN(ask_ahead)(dy, i, ahead);                                                       \
+        BESIDE_AHEAD(i)                                                                                                \
         if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
     }
 #define PREPARE(W, i)                                                                                                  \
     __typeof__(GET(W)(ms)) m = GET(W)(ms + i), a = GET(W)(as + i), hi = GET(W)(his + i), k = GET(W)(ks + i),           \
                            b = needs_z ? GET(W)(bs + i) : m;
-#define FORMULA(W, i) ((DZ(W, i, FN(less##W)(LOAD(W)(x + i), hi), a, b) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
+#define FORMULA(W, i) ((PASS(W, i, FN(less##W)(LOAD(W)(x + i), hi)) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
     if (batch) {
-        EACH_ROW(SHIFT)
+        EACH_ROW(SHIFT, gate.kind != GATED)
     }
 #undef FORMULA
 #undef PREPARE
@@ -821,16 +861,18 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const 
     if (rows == 1) {                                                                                                   \
         FN(ask_ahead)(dy, i, ahead);                                                                                   \
         if (needs_z) FN(ask_ahead)(x, i, ahead);                                                                       \
+        BESIDE_AHEAD(i)                                                                                                \
         if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
     }
 #define PREPARE(W, i)                                                                                                  \
     __typeof__(GET(W)(as)) a = GET(W)(as + i), hi = needs_z ? GET(W)(his + i) : a, b = needs_z ? GET(W)(bs + i) : a;
-#define FORMULA(W, i) DZ(W, i, LOAD(W)(x + i) - hi, a, b) * a
+#define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
-        EACH_ROW(SHIFT)
+        EACH_ROW(SHIFT, gate.kind != GATED)
     }
 #undef FORMULA
 #undef AHEAD
+#undef BESIDE_AHEAD
 #undef PREPARE
 #undef SHIFT
 }
@@ -842,13 +884,15 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
     switch (gate.kind) {
     case PLAIN: as.kind = PLAIN; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
     case RELU: as.kind = RELU; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
-    default: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead);
+    case LEAKY: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
+    default: as.kind = GATED; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead);
     }
 }
 
 #undef Y
 #undef Z
 #undef DZ
+#undef PASS
 #undef LOAD
 #undef GET
 #undef GATE

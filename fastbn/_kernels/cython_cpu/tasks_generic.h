@@ -246,18 +246,23 @@ static void FN(forward_tile)(const call_t *k, idx i)
 
 /* ---- backward ---- */
 
+/* In cache, the first step may as well write dz, and the second then has less to do; from memory, y and dy are read twice rather
+ * than dz written through the cache. Half types would be rounded by it: their second step always begins with dy. */
+static inline int FN(dz_first)(const call_t *k) { return k->dz && k->cached && sizeof(S) == sizeof(T); }
+
 static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(from)(k->dz, at)};
+    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL};
     return gate;
 }
 
-/* The same for the second step: what was cut is cut, if the first wrote it down. */
-static inline FN(gate_t) FN(gate_again)(const call_t *k)
+static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {k->dz ? PLAIN : kind_of(k), (T)k->slope, NULL, NULL};
+    FN(gate_t) gate = {FN(dz_first)(k) ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(from)(k->dz, at)};
     return gate;
 }
+
+static inline const S *FN(dy_again)(const call_t *k, idx at) { return (const S *)(FN(dz_first)(k) ? k->dz : k->dy) + at; }
 
 static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, double *sum_dy, double *sum_dy_x)
 {
@@ -367,13 +372,13 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 {
     FN(ask_for_ragged_end)(k, at);
-    FN(slope_run)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
+    FN(slope_run)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
                   (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    FN(slope_columns)(FN(gate_again)(k), k->batch, (const S *)(k->dz ? k->dz : k->dy) + at, (const S *)k->x + at,
+    FN(slope_columns)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
                       (S *)k->out + at, rows, ld, cols, g, k->streaming, k->cached, k->ahead);
 }
 
