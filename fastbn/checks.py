@@ -286,6 +286,42 @@ def _is_exactly(a: Array, b: Array) -> bool:
     return bool(same_place and a.shape == b.shape and steps[0] == steps[1])
 
 
+def saved(value: Any, kind: type) -> None:
+    """What a forward pass returned for its backward pass."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"saved is a {type(value).__name__}, and must be what batch_norm_forward or batch_norm_eval_forward "
+            "returned beside y; batch_norm keeps nothing for a backward pass"
+        )
+
+
+def no_residual(out_residual: Any) -> None:
+    """Without a residual there is no gradient of one."""
+    if out_residual is not None:
+        raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
+
+
+def moments(count: int, mean: Array, m2: Array) -> None:
+    """A count, and two vectors of as many channels."""
+    if count < 0 or mean.ndim != 1 or mean.shape != m2.shape:
+        raise ValueError(
+            f"count is {count}, mean has shape {mean.shape} and m2 {m2.shape}; "
+            "count must be at least 0, and both shapes (channels,)"
+        )
+
+
+def enough_for_variance(count: int, needed: int) -> None:
+    """One value, or two for the unbiased variance."""
+    if count < needed:
+        raise ValueError(f"count is {count}, and must be at least {needed} for this variance")
+
+
+def same_channels(mine: int, other: int) -> None:
+    """Moments merge channel by channel."""
+    if mine != other:
+        raise ValueError(f"moments of {other} channels cannot merge with those of {mine}")
+
+
 def parameter_dtype(dtype: Any) -> np.dtype[Any]:
     """float32 or float64, native."""
     was = repr(dtype)
@@ -571,3 +607,172 @@ def fits(name: str, wide: Array, dtype: np.dtype[Any]) -> Array:
             "pass weight as a wider type"
         )
     return result
+
+
+# ---- masks, ghost batches, in place, second order ----
+
+
+def mask(value: Any, x: Array, axis: int) -> tuple[Array, Array | None]:
+    """Which positions of x (of its shape without the channel axis) count, and each one's weight; None: 1 each.
+
+    Both are new. Weights of nothing but 0 and 1 are a boolean mask.
+    """
+    array = _as_ndarray("mask", value)
+    if array.dtype.kind not in "buif" and not is_bfloat16(array.dtype):
+        raise TypeError(f"mask has dtype {array.dtype}, and must be bool, or real numbers (weights)")
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    given = array.shape
+    if array.ndim == x.ndim and given[axis] == 1:
+        array = array.squeeze(axis)
+    if array.ndim != len(positions) or any(m not in (1, n) for m, n in zip(array.shape, positions, strict=True)):
+        raise ValueError(
+            f"mask has shape {given}, and must have shape {positions} (x's {x.shape} without its channel axis), with 1 "
+            "for any of these numbers, or with a 1 in the channel axis beside them"
+        )
+    weights = None
+    if array.dtype != bool:
+        with np.errstate(over="ignore"):  # of a wider float: infinite, and refused
+            array = array.astype(F64)
+        if not ((array >= 0) & (array < np.inf)).all():
+            wrong = array[~((array >= 0) & (array < np.inf))].flat[0]
+            raise ValueError(f"mask has a weight of {wrong}, and must have weights of at least 0 that are finite")
+        if not ((array == 0) | (array == 1)).all():
+            weights = np.array(np.broadcast_to(array, positions))
+        array = array > 0
+    return np.array(np.broadcast_to(array, positions)), weights
+
+
+def enough_valid(count: int, shape: tuple[int, ...]) -> None:
+    """`enough_values`, of those that a mask leaves."""
+    if count == 1:
+        raise ValueError(f"x has shape {shape} and mask leaves one value a channel, and training must have at least 2")
+
+
+def enough_weight(total: float) -> None:
+    """A weight is how often a value counts: training needs more than one value a channel."""
+    if not 1 < total < float("inf"):
+        raise ValueError(
+            f"mask has weights that sum to {total}, and must in training have such as sum to more than 1 (a weight is "
+            "how often its value counts) and to a finite number"
+        )
+
+
+def masked_saved(value: Any, kind: type) -> None:
+    """What a masked forward pass kept."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"saved is a {type(value).__name__}, and must be what masked_batch_norm_forward returned beside y"
+        )
+
+
+def something_kept(value: Any) -> None:
+    """A layer's backward pass needs a forward pass."""
+    if value is None:
+        raise ValueError(
+            "backward has nothing to go back over: the last call must be one in training mode "
+            "(eval mode keeps nothing; batch_norm_eval_forward does)"
+        )
+
+
+def absent(name: str, value: Any, why: str) -> None:
+    """What this class's base has and it has not."""
+    if value is not None:
+        raise ValueError(f"{name} is given, and must be None: {why}")
+
+
+def not_batch_axis(axis: int, shape: tuple[int, ...] | None = None) -> None:
+    """The batch axis, 0, is cut; it cannot be the channel axis. `shape`: x's, from which `axis` may be counted back."""
+    if axis == 0 or (shape is not None and axis == -len(shape)):
+        of = "" if shape is None else f" for x of shape {shape}"
+        raise ValueError(f"axis is {axis}{of}, and must not be the first, the batch's")
+
+
+def virtual_batch(size: int, shape: tuple[int, ...]) -> None:
+    """Training needs two values a channel, in each virtual batch."""
+    if size == 1:
+        raise ValueError(
+            f"virtual_batch_size is 1, and must be at least 2 for x of shape {shape}: each row has one value a channel"
+        )
+
+
+def invertible(activation_: Any, negative_slope: Any) -> float:
+    """`activation`, of one that can be undone."""
+    slope = activation(activation_, negative_slope)
+    if activation_ == "relu":
+        raise ValueError("activation is 'relu', and must be None or 'leaky_relu' in place: relu cannot be undone")
+    if slope < float(np.finfo(F32).tiny):
+        raise ValueError(
+            f"negative_slope is {slope}, and must be at least {np.finfo(F32).tiny:.3g} in place: what is 0 cannot be "
+            "undone"
+        )
+    return slope
+
+
+def _precision(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """From 1 to the next number, and from 0."""
+    if is_bfloat16(dtype):
+        return 2.0**-7, 2.0**-133
+    info = np.finfo(dtype)
+    return float(info.eps), float(info.smallest_subnormal)
+
+
+def invertible_weight(weight: Array, bias: Array, slope: float, dtype: np.dtype[Any]) -> None:
+    """weight and bias (float64) by which y, stored as `dtype`, can be turned back into x̂ to 1/16 of a deviation."""
+    unit, least = _precision(dtype)
+    floor = 1e-150 if dtype == F64 else 1e-30  # their squares, and the gradients' over them, are still numbers
+    bound = np.maximum(16 * (unit * np.abs(bias) + least / min(slope, 1.0)), floor)
+    wrong = np.flatnonzero(np.abs(weight) < bound)
+    if wrong.size:
+        c = wrong[0]
+        raise ValueError(
+            f"weight is {weight[c]:.6g} where bias is {bias[c]:.6g} (in {wrong.size} channels, the first is {c}), and "
+            f"must be at least {bound[c]:.3g} in size there: backward divides what is left of y in {dtype} by it"
+        )
+
+
+def itself(name: str, value: Any, other: str, array: Any) -> None:
+    """None, or that very object."""
+    if value is not None and value is not array:
+        raise ValueError(f"{name} is another array than {other}, and must be None or {other} itself")
+
+
+def overwritten(name: str, x: Any) -> None:
+    """An array that will be written over: a writeable ndarray in which no two elements share memory."""
+    output(name, x, data(name, x))
+    reach = 0  # bytes over which the axes so far are spread
+    for step, n in sorted((abs(step), n) for step, n in zip(x.strides, x.shape, strict=True) if n > 1):
+        if x.size and step < reach + x.itemsize:
+            raise ValueError(f"{name} has elements that overlap in memory (strides {x.strides}), and must not")
+        reach += (n - 1) * step
+
+
+def without_residual(saved: Any) -> None:
+    """The double backward knows no residual."""
+    if saved.residual:
+        raise ValueError("saved is of a forward pass with a residual, and must be of one without")
+
+
+def cotangent(name: str, value: Any, parameter_: Array | None, channels: int) -> Array:
+    """A cotangent of a parameter's gradient, as float64; 0 for None. It must be None where there is no parameter."""
+    if value is None:
+        return np.zeros(channels)
+    if parameter_ is None:
+        raise ValueError(f"{name} is given, and must be None where the forward pass had no {name[2:]}")
+    checked = parameter(name, value, channels)
+    assert checked is not None
+    return checked.astype(F64)
+
+
+def rows(name: str, x: Any) -> Array:
+    """`data` with at least one row."""
+    x = data(name, x)
+    if not x.ndim or not len(x):
+        raise ValueError(f"{name} has shape {x.shape}, and must have at least one row")
+    return x  # type: ignore[no-any-return]
+
+
+def some_counted(layers: Any) -> None:
+    """A re-estimation of statistics must have had a batch to take them of."""
+    for bn in layers:
+        if bn.num_batches_tracked == 0:
+            raise ValueError(f"x has no batch that counts for {bn!r}, and must have one (see its nan_policy)")

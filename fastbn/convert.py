@@ -425,7 +425,7 @@ def save(bn: BatchNorm, path: str | os.PathLike[str]) -> None:
     _write(place, safetensors.numpy.save(tensors, {KEY: json.dumps(options)}))
 
 
-def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm) -> Layer:  # type: ignore[assignment]
+def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm, **options: Any) -> Layer:  # type: ignore[assignment]
     """Read a layer from a safetensors file, as `save` or torch wrote it.
 
     Parameters
@@ -436,6 +436,8 @@ def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm) -> Layer:  
         out of a larger file see `from_torch`.
     cls : type
         BatchNorm, or a class that is made in the same way.
+    **options
+        More of the class's, or others than the file's: `virtual_batch_size` for a GhostBatchNorm, which no file holds.
 
     Returns
     -------
@@ -461,8 +463,8 @@ def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm) -> Layer:  
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         tensors = {name: _tensor(name, tensor) for name, tensor in found}
-        options = checks.file_options(KEY, header.get("__metadata__", {}).get(KEY), list(OPTIONS))
-        return _restore(cls, options, tensors)
+        stored = checks.file_options(KEY, header.get("__metadata__", {}).get(KEY), list(OPTIONS))
+        return _restore(cls, stored, tensors, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place!r} holds no BatchNorm: {error}") from error
 
@@ -490,12 +492,12 @@ def _tensor(name: str, tensor: Mapping[str, Any]) -> Array:
     return array
 
 
-def _restore(cls: type[Layer], options: dict[str, Any] | None, tensors: dict[str, Array]) -> Layer:
+def _restore(cls: type[Layer], options: dict[str, Any] | None, tensors: dict[str, Array], **more: Any) -> Layer:
     """A layer from what is in a file; options None: the file has none, and is torch's."""
     if options is None:
         arrays, batches = _from_state(checks.torch_state(tensors, ""), "")
-        return _counted(_layer(cls, arrays, None), batches)
-    rest = dict(options)
+        return _counted(_layer(cls, arrays, None, **more), batches)
+    rest = options | more
     training = checks.flag("training", rest.pop("training", True))
     channels = checks.positive("num_features", rest.pop("num_features", None))
     affine, track = rest.pop("affine", True), rest.pop("track_running_stats", True)

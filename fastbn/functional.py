@@ -166,13 +166,22 @@ def train_forward(
     y, saved = _forward(
         x, source, layout, weight, bias, eps, slope, residual, out, num_threads, keep=keep, apart=(mean, var)
     )  # fmt: skip
-    counts = source.size > 0
-    if nan_policy == "skip_update" and counts and var is not None:
-        counts = checks.representable(saved.mean, saved.var, var.dtype)
-    if mean is not None and counts:
-        correction = layout.values / (layout.values - 1) if unbiased else 1.0
-        backends.kernels().update_running_stats(mean, var, saved.mean, saved.var, rate, correction)
-    return y, saved, counts
+    count = layout.values if source.size else 0
+    return y, saved, track(mean, var, saved.mean, saved.var, count, rate, unbiased, nan_policy)
+
+
+def track(
+    running_mean: Any, running_var: Any, mean: Array, var: Array, count: float, rate: float, unbiased: bool,
+    nan_policy: str,
+) -> bool:  # fmt: skip
+    """The running statistics, where there are any, take in those of a batch of `count` values; whether it counted."""
+    counts = count > 0
+    if nan_policy == "skip_update" and counts and running_var is not None:
+        counts = checks.representable(mean, var, running_var.dtype)
+    if running_mean is not None and counts:
+        correction = count / (count - 1) if unbiased else 1.0
+        backends.kernels().update_running_stats(running_mean, running_var, mean, var, rate, correction)
+    return counts
 
 
 def batch_norm_forward(
@@ -295,11 +304,7 @@ def batch_norm_backward(
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(
-            f"saved is a {type(saved).__name__}, and must be what batch_norm_forward or batch_norm_eval_forward "
-            "returned beside y; batch_norm keeps nothing for a backward pass"
-        )
+    checks.saved(saved, Saved)
     x, layout, weight, bias = saved.x, saved.layout, saved.weight, saved.bias
     channels = layout.channels
     kernels, threads = backends.serving(num_threads)
@@ -321,8 +326,8 @@ def batch_norm_backward(
         if saved.residual:
             residual_memory, dresidual = output("out_residual", out_residual, x, layout)
             checks.overlap("out_residual", out_residual, {**reads, "out": dx}, same_as=("dy",))
-        elif out_residual is not None:
-            raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
+        else:
+            checks.no_residual(out_residual)
     dweight = np.empty(channels, checks.parameters_like(x) if weight is None else weight.dtype)
     dbias = np.empty(channels, checks.parameters_like(x) if bias is None else bias.dtype)
     if x.size:

@@ -106,7 +106,7 @@ class BatchNorm:
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
         self.grad_residual: Array | None = None
-        self._saved: Saved | None = None
+        self._saved: Any = None  # what `backward` needs of the last call: a Saved, or what a subclass keeps
 
     @property
     def affine(self) -> bool | str:
@@ -155,14 +155,14 @@ class BatchNorm:
                 residual=residual, out=out,
             )  # fmt: skip
             return y
-        batches = self.num_batches_tracked or 0
+        batches = self.num_batches_tracked
         y, self._saved, counts = train_forward(
             x, self.running_mean, self.running_var, self.weight, self.bias,
-            momentum=1 / (batches + 1) if self.momentum is None else self.momentum, unbiased=self.unbiased,
-            nan_policy=self.nan_policy, eps=self.eps, axis=self.axis, activation=self.activation,
+            momentum=self._rate(batches), unbiased=self.unbiased, nan_policy=self.nan_policy,
+            eps=self.eps, axis=self.axis, activation=self.activation,
             negative_slope=self.negative_slope, residual=residual, out=out,
         )  # fmt: skip
-        if self.num_batches_tracked is not None and counts:
+        if batches is not None and counts:
             self.num_batches_tracked = batches + 1
         return y
 
@@ -182,17 +182,20 @@ class BatchNorm:
         ValueError
             Before any forward pass in training mode, or after one in eval mode, which keeps nothing.
         """
-        if self._saved is None:
-            raise ValueError(
-                "backward has nothing to go back over: the last call must be one in training mode "
-                "(eval mode keeps nothing; batch_norm_eval_forward does)"
-            )
-        dx, self.grad_weight, self.grad_bias, *rest = batch_norm_backward(
-            dy, self._saved, out=out, out_residual=out_residual
-        )
+        saved: Saved = self._kept()
+        dx, self.grad_weight, self.grad_bias, *rest = batch_norm_backward(dy, saved, out=out, out_residual=out_residual)
         self.grad_residual = rest[0] if rest else None
         assert dx is not None
         return dx
+
+    def _kept(self) -> Any:
+        """What the last call left for `backward`."""
+        checks.something_kept(self._saved)
+        return self._saved
+
+    def _rate(self, batches: int | None) -> float:
+        """The weight of a new batch in the running statistics, after so many."""
+        return 1 / ((batches or 0) + 1) if self.momentum is None else self.momentum
 
     def train(self, mode: bool = True) -> Self:
         """Normalize by the batch's statistics from now on (or, with ``mode=False``, by the running ones)."""
@@ -264,11 +267,11 @@ class BatchNorm:
         save(self, path)
 
     @classmethod
-    def load(cls, path: Any) -> Self:
+    def load(cls, path: Any, **options: Any) -> Self:
         """The layer in a file that `save`, or torch, wrote: see `fastbn.convert.load`."""
         from .convert import load
 
-        return load(path, cls)
+        return load(path, cls, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward pass left for `backward`: a copy or a pickle does not carry a batch."""

@@ -45,11 +45,7 @@ class Moments:
     def __post_init__(self) -> None:
         for name in ("mean", "m2"):
             setattr(self, name, np.asarray(getattr(self, name), np.float64))
-        if self.count < 0 or self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
-            raise ValueError(
-                f"count is {self.count}, mean has shape {self.mean.shape} and m2 {self.m2.shape}; "
-                "count must be at least 0, and both shapes (channels,)"
-            )
+        checks.moments(self.count, self.mean, self.m2)
 
     def var(self, unbiased: bool = False) -> Array:
         """The variance, shape (channels,), float64.
@@ -64,11 +60,8 @@ class Moments:
         ValueError
             Where there are too few values.
         """
-        divisor = self.count - 1 if unbiased else self.count
-        if divisor < 1:
-            needed = 2 if unbiased else 1
-            raise ValueError(f"count is {self.count}, and must be at least {needed} for this variance")
-        return self.m2 / divisor
+        checks.enough_for_variance(self.count, 2 if unbiased else 1)
+        return self.m2 / (self.count - 1 if unbiased else self.count)
 
     @classmethod
     def none(cls, channels: int) -> Moments:
@@ -110,8 +103,7 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"moments of {other.mean.size} channels cannot merge with those of {self.mean.size}")
+        checks.same_channels(self.mean.size, other.mean.size)
         if self.count == 0:
             return other
         if other.count == 0:

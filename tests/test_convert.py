@@ -319,7 +319,7 @@ def test_flax():
 
 ONES, SHORT = np.ones(C), np.ones(4)
 BAD_CALLS = {
-    "keras: few": (convert.from_keras, ([ONES] * 3,), {}, ValueError, "weights has 3 arrays … must have 4: ['gamma', "),
+    "keras: few": (convert.from_keras, ([ONES] * 3,), {}, ValueError, "weights has 3 arrays, and with these scale and center must have 4: ['gamma', "),
     "keras: many": (convert.from_keras, ([ONES] * 4,), {"scale": False}, ValueError, "must have 3: ['beta', 'moving_mean', "),
     "keras: names": (convert.from_keras, ({"gamma": ONES, "mean": ONES},), {}, ValueError, "lacks ['beta', … unknown ['mean']"),
     "keras: not a sequence": (convert.from_keras, (3,), {}, TypeError, "weights is a int"),
@@ -600,7 +600,7 @@ BAD_FILES = {  # tensors taken out (None) or put in; options; what the error has
     "nan_policy": ({}, FIVE | {"nan_policy": 3}, "nan_policy is 3, and must be"),
     "dtype option": ({}, FIVE | {"dtype": "int8"}, "dtype is int8, and must be"),
     "axis": ({}, FIVE | {"axis": 1.5}, "axis is 1.5, and must be an integer"),
-    "unknown option": ({}, FIVE | {"renorm": 1}, "unknown options ['renorm']"),
+    "unknown option": ({}, FIVE | {"renorm": 1}, "its metadata has unknown options ['renorm']"),
     "no JSON": ({}, "{", "must have JSON of a layer's options"),
     "a list of options": ({}, "[1]", "must have JSON of a layer's options"),
     "deep": ({}, DEEP, "must have JSON of a layer's options"),
@@ -639,3 +639,18 @@ def test_imports_nothing():
     loaded = run_python(code).stdout
     for name in ("torch", "keras", "jax", "flax", "onnx", "safetensors", "ml_dtypes"):
         assert repr(name) not in loaded
+
+
+def test_methods_and_options_beside_the_file(tmp_path):
+    """BatchNorm.save and load are the functions; a ghost's own option is in no file, and is given."""
+    ghost = fastbn.GhostBatchNorm(3, virtual_batch_size=4, eps=1e-3)
+    x = sample((12, 3, 5), np.float32)
+    ghost(x)
+    ghost.save(tmp_path / "ghost")
+    again = fastbn.GhostBatchNorm.load(tmp_path / "ghost", virtual_batch_size=4)
+    assert type(again) is fastbn.GhostBatchNorm and repr(again) == repr(ghost)
+    same_bits(again(x), ghost(x))
+    plain = fastbn.BatchNorm.load(tmp_path / "ghost", momentum=0.5)
+    assert type(plain) is fastbn.BatchNorm and plain.momentum == 0.5 and plain.eps == 1e-3
+    with pytest.raises(ValueError, match=r"holds no BatchNorm: .*virtual_batch_size"):
+        fastbn.GhostBatchNorm.load(tmp_path / "ghost")

@@ -166,14 +166,15 @@ def backward(
         dz = np.where(z <= 0, dz * slope if slope else 0.0, dz)
         dy = np.empty(outer * channels * inner)
         _store(dy, dz, outer, channels, inner)
-    if dresidual is not None:
-        _store(dresidual, _channels(dy, outer, channels, inner), outer, channels, inner)
+    passed = None if dresidual is None else _channels(dy, outer, channels, inner)  # before dx is written over dy
     sum_dy, sum_dy_xmu = np.empty(channels), np.empty(channels)
     gradient_moments(dy, x, outer, channels, inner, mean, sum_dy, sum_dy_xmu, threads)
     if batch:
         input_gradient(dy, x, dx, outer, channels, inner, mean, var, weight, eps, sum_dy, sum_dy_xmu, threads)
     else:
         _store(dx, _channels(dy, outer, channels, inner) * _scale(var, weight, eps), outer, channels, inner)
+    if dresidual is not None and passed is not None:
+        _store(dresidual, passed, outer, channels, inner)
     grad_weight[...] = sum_dy_xmu * _scale(var, None, eps)[:, 0]
     grad_bias[...] = sum_dy
 

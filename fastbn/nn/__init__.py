@@ -17,6 +17,7 @@ from .linear import Linear
 from .losses import SoftmaxCrossEntropy
 from .optimizers import SGD, Adam, Optimizer, RMSprop
 from .sequential import Sequential
+from .update import update_bn
 
 __all__ = [
     "SGD",
@@ -34,4 +35,5 @@ __all__ = [
     "Tanh",
     "accuracy",
     "fit",
+    "update_bn",
 ]
