@@ -830,11 +830,13 @@ _scale_gradient = _sweep(_scaled_gradient)
 @_jit
 def _moments_runs(x: Pointer, start: int, runs: int, stride: int, length: int) -> Any:
     """Mean and m2 of a block of `runs` runs of `length` values, the first at `start`, `stride` apart."""
-    # The pivot: the mean of the first 16 values. To pick them from all over the block cost as much as the sums. It is a
+    # The pivot: the mean of the first values. To pick them from all over the block cost as much as the sums. It is a
     # number that x can hold, so that x - pivot has few digits where x has. Were they all odd multiples of a small step,
     # so would their squares be, and sums would round them the same way every time.
     origin = np.float64(element(x, start))  # a constant block's pivot is exactly its value
-    few = min(length, 16)
+    few = 16  # or fewer, a power of two: the mean of values of few digits then has few digits
+    while few > length:
+        few //= 2
     shift = 0.0
     for i in range(1, few):
         shift += np.float64(element(x, start + i)) - origin
@@ -1014,7 +1016,7 @@ def _fold(values: Pointer, width: int, inner: int, folded: Pointer) -> None:
 
 @_jit
 def _pivots(x: Pointer, start: int, rows: int, stride: int, width: int, inner: int, pivot: Pointer) -> None:
-    """The mean of the first eight rows, or of the first row's values of the channel."""
+    """The mean of the first eight rows, or of the first row's first values of the channel."""
     if inner == 1:
         zero, eighth = splat(x, 0.0), splat(x, 0.125)
         for k in range(0, width, lanes(x)):
@@ -1024,13 +1026,16 @@ def _pivots(x: Pointer, start: int, rows: int, stride: int, width: int, inner: i
                 s = s + (load_part(x, start + min(i, rows - 1) * stride + k, width - k, zero) - origin)
             store(pivot, k, representable(x, origin + s * eighth))
     else:
+        few = 16  # as for runs
+        while few > inner:
+            few //= 2
         for c in range(width):
             at = start + c * inner
             first = np.float64(element(x, at))
             origin, s = splat(x, first), splat(x, 0.0)
-            for j in range(0, inner, lanes(x)):
-                s = s + (load_part(x, at + j, inner - j, origin) - origin)
-            _fill(pivot, c * inner, inner, representable(x, first + total(s) / inner))
+            for j in range(0, few, lanes(x)):
+                s = s + (load_part(x, at + j, few - j, origin) - origin)
+            _fill(pivot, c * inner, inner, representable(x, first + total(s) / few))
 
 
 @_jit

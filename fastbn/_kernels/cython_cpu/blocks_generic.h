@@ -264,7 +264,8 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
 {
     enum { V = LANE_BYTES / VECTOR_BYTES };
     double first = 0;
-    idx few = least(b.len, 16);
+    idx few = 16; /* or fewer, a power of two: the mean of values of few digits then has few digits, and no x − pivot is rounded */
+    while (few > b.len) few /= 2;
     for (idx i = 0; i < few; i++) first += (double)FN(load1)(x + i);
     T pivot = FN(pivot_of)((T)(first / (double)few));
 
