@@ -7,13 +7,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 KERNELS := fastbn/_kernels/cython_cpu
 SOURCES := setup.py pyproject.toml $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
 
-.PHONY: demo test bench bench-save bench-compare bench-smoke lint peers clean
+.PHONY: demo test sanitize bench bench-save bench-compare bench-smoke lint peers clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastbn demo
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# Memory errors and undefined behaviour in the kernels: all tests on a build with sanitizers, some under valgrind.
+sanitize: .venv/test
+	.ci/sanitize
 
 bench: .venv/peers
 	$(BIN)/python -m pytest bench -q --benchmark-enable --benchmark-only --benchmark-json=.venv/bench.json

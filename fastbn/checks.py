@@ -114,15 +114,24 @@ def running(running_mean: Any, running_var: Any, channels: int, *, update: bool)
             raise ValueError("running_mean and running_var are None, and must be given unless training=True")
         return None, None
     for name, p in (("running_mean", running_mean), ("running_var", running_var)):
-        checked = _vector(name, p, channels)
+        _vector(name, p, channels)
         if update:
-            if checked is not p:
+            if not in_place(p):
                 raise TypeError(f"{name} is a {type(p).__name__}, and must be an ndarray to be updated in place")
             if not p.flags.writeable:
                 raise ValueError(f"{name} is read-only, and must be writeable to be updated")
     if update and np.may_share_memory(running_mean, running_var):
         raise ValueError("running_mean and running_var share memory, and must be two arrays")
     return np.asarray(running_mean), np.asarray(running_var)
+
+
+def not_a_parameter(running_mean: Any, running_var: Any, weight: Any, bias: Any) -> None:
+    """An update in place of what is weight or bias itself would change that."""
+    if running_mean is None:
+        return
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p is running_mean or p is running_var):
+            raise ValueError(f"{name} is running_mean or running_var itself, and must be an array of its own")
 
 
 def eps(value: Any) -> float:
@@ -250,9 +259,14 @@ def same(name: str, array: Array, x: Array) -> None:
         raise TypeError(f"{name} has dtype {array.dtype}, and must have x's dtype {x.dtype}")
 
 
+def in_place(array: Any) -> bool:
+    """What may be written to: an ndarray itself, or one on a file. Other subclasses may mean something else by it."""
+    return type(array) in (np.ndarray, np.memmap)
+
+
 def output(name: str, out: Any, x: Array) -> None:
     """`out` must be a writeable ndarray of x's shape and dtype."""
-    if type(out) is not np.ndarray:
+    if not in_place(out):
         raise TypeError(f"{name} is a {type(out).__name__}, and must be an ndarray")
     same(name, out, x)
     if not out.flags.writeable:
@@ -263,8 +277,9 @@ def overlap(name: str, out: Any, others: dict[str, Any], *, same_as: tuple[str, 
     """`out` must not share memory with an input, unless it is exactly one of those named by `same_as`."""
     if out is None:
         return
-    for other, array in others.items():
-        if isinstance(array, np.ndarray) and _shares(out, array):
+    for other, given in others.items():
+        array = given if given is None else _as_ndarray(other, given)  # a library's array lies somewhere, too
+        if array is not None and _shares(out, array):
             if other in same_as and _is_exactly(out, array):
                 continue
             exact = f", or be {other} itself" if other in same_as else ""
@@ -301,8 +316,18 @@ def no_residual(out_residual: Any) -> None:
         raise ValueError("out_residual is given, and must be None where the forward pass had no residual")
 
 
+def moments_vector(name: str, values: Any) -> Array:
+    """A vector of float64, one value a channel."""
+    array = _as_ndarray(name, values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {array.dtype}, and must be real numbers")
+    return array.astype(F64, copy=False)
+
+
 def moments(count: int, mean: Array, m2: Array) -> None:
     """A count, and two vectors of as many channels."""
+    if (m2 < 0).any():
+        raise ValueError(f"m2 has {m2.min()}, and must be sums of squares: at least 0")
     if count < 0 or mean.ndim != 1 or mean.shape != m2.shape:
         raise ValueError(
             f"count is {count}, mean has shape {mean.shape} and m2 {m2.shape}; "
@@ -345,24 +370,30 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}, and must be an integer") from None
 
 
-def features(x: Any, axis: int, num_features: int) -> None:
-    """x must have the layer's number of channels."""
-    shape = data("x", x).shape
+def features(x: Any, axis: int, num_features: int) -> Array:
+    """x as an array, which must have the layer's number of channels."""
+    x = data("x", x)
+    shape = x.shape
     ndim = len(shape)
     if -ndim <= axis < ndim and shape[axis] != num_features:
         raise ValueError(f"x has shape {shape}, and must have {num_features} channels (num_features) along axis {axis}")
+    return x  # type: ignore[no-any-return]
 
 
 def state(name: str, value: Any, mine: Array) -> Array:
-    """A value for a layer's state: of the right shape, and a number."""
+    """A value for a layer's state: of the right shape, a number, and of the layer's dtype."""
     array = _as_ndarray(name, value)
     if array.shape != mine.shape:
         raise ValueError(f"{name} has shape {array.shape} in state, and must have shape {mine.shape}")
     if array.dtype.kind not in "fiu" and not is_bfloat16(array.dtype):
         raise TypeError(f"{name} has dtype {array.dtype} in state, and must be real numbers")
-    if name == "num_batches_tracked" and not (np.isfinite(array) and array >= 0 and array == np.trunc(array)):
+    if name == "num_batches_tracked" and not (0 <= array < 2**63 and array == np.trunc(array)):
         raise ValueError(f"{name} is {array} in state, and must be an integer of at least 0")
-    return array
+    with np.errstate(all="ignore"):
+        new: Array = array.astype(mine.dtype)
+    if (np.isfinite(array) & ~np.isfinite(new)).any():
+        raise ValueError(f"{name} has values in state that are too large, and must fit the layer's dtype {mine.dtype}")
+    return new
 
 
 def state_keys(state: Any, names: list[str]) -> None:
@@ -540,6 +571,19 @@ def held(target: str, bn: Any, axis: int | None) -> None:
         raise ValueError(
             f"bn.axis is {bn.axis}, and must be {axis}: {target} has its channels there; set it, and turn the data"
         )
+
+
+def from_the_file(options: Mapping[str, Any]) -> None:
+    """What a file's tensors say cannot be given beside it."""
+    for name in ("num_features", "affine", "track_running_stats"):
+        if name in options:
+            raise TypeError(f"{name} is given, and must come from the file's tensors")
+
+
+def saved_class(name: Any, cls: type) -> None:
+    """A layer is loaded as what it was, or as what is derived from it."""
+    if name not in [base.__name__ for base in cls.__mro__]:
+        raise ValueError(f"it holds a {name}, and must be loaded as one, not as a {cls.__name__}")
 
 
 def file_options(key: str, text: Any, names: list[str]) -> dict[str, Any] | None:
@@ -776,3 +820,267 @@ def some_counted(layers: Any) -> None:
     for bn in layers:
         if bn.num_batches_tracked == 0:
             raise ValueError(f"x has no batch that counts for {bn!r}, and must have one (see its nan_policy)")
+
+
+# ---- optimizers' state, schedules and estimators ----
+
+
+def exact_state(name: str, value: Any, mine: Array) -> Array:
+    """`state` of the same dtype: what continues bit for bit."""
+    array = state(name, value, mine)
+    if array.dtype != mine.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype} in state, and must have dtype {mine.dtype}")
+    return array
+
+
+def number_in(
+    name: str, value: Any, low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
+) -> float:
+    """A float from `low` to `high`; `above`: not `low` itself; `below`: not `high` itself, which infinity never is."""
+    number = _number(name, value)
+    below = below or high == float("inf")
+    if not (low < number if above else low <= number) or not (number < high if below else number <= high):
+        least = f"greater than {low:g}" if above else f"at least {low:g}"
+        most = "finite" if high == float("inf") else f"less than {high:g}" if below else f"at most {high:g}"
+        raise ValueError(f"{name} is {value!r}, and must be {least} and {most}")
+    return number
+
+
+def choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}, and must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def hidden_layer_sizes(value: Any) -> list[int]:
+    """An integer, or any number of them, each at least 1."""
+    try:
+        sizes = list(value)
+    except TypeError:
+        sizes = [value]
+    return [positive(f"hidden_layer_sizes[{i}]", size) for i, size in enumerate(sizes)]
+
+
+def enough_rows(rows: int, batch_size: int) -> None:
+    """A network with batch normalization cannot be trained on a single row."""
+    if rows == 1:
+        raise ValueError("X has n_samples=1, and must have at least 2 rows with batch_norm=True")
+    if batch_size == 1:
+        raise ValueError("batch_size is 1, and must be at least 2 with batch_norm=True")
+
+
+def weights_leave(rows: int) -> None:
+    """Rows of weight 0 are left out; all of them cannot be."""
+    if not rows:
+        raise ValueError("sample_weight, times class_weight, is zero for every row, and must not be for at least one")
+
+
+def known_classes(y: Any, classes: Any) -> None:
+    """Labels that the classifier knows."""
+    unknown = np.setdiff1d(y, classes)
+    if unknown.size:
+        known = np.asarray(classes).tolist()
+        raise ValueError(f"y has classes {unknown.tolist()}, and must have no others than {known}")
+
+
+def fitted_shape(name: str, value: int, mine: int) -> None:
+    """What a network that goes on training was made for."""
+    if value != mine:
+        raise ValueError(f"y has {value} {name}, and must have {mine}, as in the fit that this one continues")
+
+
+def needs(what: str, package: str, extra: str) -> str:
+    """What an ImportError says."""
+    return f"{what} needs {package}: pip install 'fastbn[{extra}]'"
+
+
+def batch_size(value: Any) -> None:
+    """An integer, or "auto"."""
+    if not isinstance(value, str):
+        positive("batch_size", value)
+    elif value != "auto":
+        raise ValueError(f"batch_size is {value!r}, and must be 'auto' or an integer of at least 1")
+
+
+def ghost_size(value: Any) -> None:
+    """None, or an integer; one row has no variance."""
+    if value is not None and positive("virtual_batch_size", value) == 1:
+        raise ValueError("virtual_batch_size is 1, and must be None or at least 2")
+
+
+def classes(value: Any, mine: Any) -> None:
+    """partial_fit must be told of all classes, and always of the same."""
+    if value is None and mine is None:
+        raise ValueError("classes is None, and must be all classes of the stream at the first partial_fit")
+    if not (value is None or mine is None or np.array_equal(value, mine)):
+        raise ValueError(f"classes is {value}, and must be None or as at first, {mine}")
+
+
+def class_weight_of_part(value: Any) -> None:
+    """All of y is needed for "balanced"."""
+    if isinstance(value, str):
+        raise ValueError(
+            f"class_weight is {value!r}, and must be None or a dict in partial_fit: a part of a stream does not tell "
+            "how frequent the classes are"
+        )
+
+
+def endless(name: str, value: Any, wrong: bool) -> None:
+    """An option that needs to know when training ends."""
+    if wrong:
+        raise ValueError(f"{name} is {value!r}, which partial_fit cannot serve: it knows no end")
+
+
+def finite_network(arrays: Mapping[str, Array]) -> None:
+    """Training must not end in NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"training left {name} with values that are not finite: X or y may have large values and must then be "
+                "scaled first, or learning_rate_init is too large"
+            )
+
+
+# ---- feed-forward layers and losses of fastbn.nn ----
+
+
+def pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """An integer for height and width alike, or one for each, of at least `least`."""
+    both = (value, value)
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name} is {value!r}, and must be an integer or a pair of them: height and width")
+        both = value[0], value[1]
+    try:
+        height, width = operator.index(both[0]), operator.index(both[1])
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, and must be an integer or a pair of them: height and width") from None
+    if min(height, width) < least:
+        raise ValueError(f"{name} is {value!r}, and must be at least {least}")
+    return height, width
+
+
+def image_axis(value: Any) -> int:
+    """The channel axis of NCHW or of NHWC."""
+    number = integer("axis", value)
+    if number not in (1, -1):
+        raise ValueError(f"axis is {number}, and must be 1 (channels first) or -1 (channels last)")
+    return number
+
+
+def of_layer(name: str, array: Any, dtype: np.dtype[Any]) -> None:
+    """An ndarray of the layer's dtype."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is a {type(array).__name__}, and must be an ndarray")
+    if data(name, array).dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, and must have the layer's dtype {dtype}")
+
+
+def images(name: str, array: Array, channels: int | None, axis: int) -> None:
+    """NCHW or NHWC, of so many channels (any, if None)."""
+    if array.ndim != 4 or (channels is not None and array.shape[axis] != channels):
+        names = ["batch", "height", "width"]
+        names.insert(1 if axis == 1 else 3, "channels" if channels is None else str(channels))
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape ({', '.join(names)}) with axis={axis}")
+
+
+def window_fits(x: Array, window: tuple[int, int], room: tuple[int, int]) -> None:
+    """A window is no larger than the padded image."""
+    if window[0] > room[0] or window[1] > room[1]:
+        raise ValueError(
+            f"x has shape {x.shape}, and must have images of at least kernel_size, {window}; with their padding they "
+            f"have {room}"
+        )
+
+
+def least_axes(name: str, array: Array, least: int) -> None:
+    """An array of so many axes or more."""
+    if array.ndim < least:
+        raise ValueError(f"{name} has shape {array.shape}, and must have at least {least} axes")
+
+
+def last_axis(name: str, array: Array, features: int) -> None:
+    """Rows of so many features."""
+    if array.ndim < 2 or array.shape[-1] != features:
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape (batch, ..., {features})")
+
+
+def shape_of(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """An array of exactly this shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape {shape}, as the layer's result had")
+
+
+def called(value: Any) -> Any:
+    """What a layer's last call left for `backward`."""
+    if value is None:
+        raise ValueError("backward has nothing to go back over: call the layer first")
+    return value
+
+
+def loss_called(value: Any) -> Any:
+    """What a loss's last call left for `backward`, which uses it up."""
+    if value is None:
+        raise ValueError("backward has nothing to go back over: call the loss first, and backward once after it")
+    return value
+
+
+def features_to_normalize(value: Any) -> int:
+    """Two or more: one has no variance."""
+    number = integer("num_features", value)
+    if number < 2:
+        raise ValueError(f"num_features is {number}, and must be at least 2: one value has no variance")
+    return number
+
+
+def followed(layer: Any, channels: int, axis: int, following: Any) -> None:
+    """A BatchNorm of a convolution's channels."""
+    if following.num_features != channels:
+        raise ValueError(
+            f"the BatchNorm after {layer!r} has num_features {following.num_features}, and must have {channels}"
+        )
+    if following.axis not in (axis, axis + 4, axis - 4):
+        raise ValueError(f"the BatchNorm after {layer!r} has axis {following.axis}, and must have {axis}")
+
+
+def predictions(name: str, value: Any) -> Array:
+    """A network's output: float32 or float64, at least one row."""
+    array = data(name, value)
+    if array.dtype not in (F32, F64):
+        raise TypeError(f"{name} has dtype {array.dtype}, and must be float32 or float64")
+    if not array.ndim or not array.size:
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape (batch, ...), no axis of it 0")
+    return array
+
+
+def targets(name: str, value: Any, of: str, output: Array, most: float | None = None) -> Array:
+    """What a network's output should have been, in that one's shape; from 0 to `most`, if given."""
+    array = _as_ndarray(name, value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} has dtype {array.dtype}, and must be real numbers")
+    if array.shape != output.shape:
+        column = f" or {output.shape[:1]}" if output.shape[1:] == (1,) else ""
+        if not column or array.shape != output.shape[:1]:
+            raise ValueError(f"{name} has shape {array.shape}, and must have {of}'s shape {output.shape}{column}")
+        array = array[:, np.newaxis]
+    if most is not None:
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= most):
+            raise ValueError(f"{name} goes from {low} to {high}, and must be from 0 to {most:g}")
+    return array
+
+
+def sample_weight(value: Any, rows: int) -> tuple[Array, float]:
+    """A weight for each row, and their sum: of at least 0, not all 0, finite."""
+    array = _as_ndarray("sample_weight", value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"sample_weight has dtype {array.dtype}, and must be real numbers")
+    if array.shape != (rows,):
+        raise ValueError(f"sample_weight has shape {array.shape}, and must have shape ({rows},): one a row")
+    total = float(array.sum(dtype=F64))
+    if not (array.min() >= 0 and 0 < total < float("inf")):
+        raise ValueError(
+            f"sample_weight goes from {array.min()} to {array.max()}, and must be of at least 0, finite and not all 0"
+        )
+    return array, total

@@ -419,10 +419,10 @@ def save(bn: BatchNorm, path: str | os.PathLike[str]) -> None:
     safetensors = _safetensors()
     place = os.path.realpath(checks.path(path))
     checks.instance("bn", bn, BatchNorm)
-    options = {name: get(bn) for name, get in OPTIONS.items()}
+    options = {name: get(bn) for name, get in OPTIONS.items()} | {name: getattr(bn, name) for name in bn.OWN_OPTIONS}
     tensors = to_torch(bn)
-    _restore(BatchNorm, options, tensors)  # what cannot be loaded again is not saved
-    _write(place, safetensors.numpy.save(tensors, {KEY: json.dumps(options)}))
+    _restore(type(bn), options, tensors)  # what cannot be loaded again is not saved
+    _write(place, safetensors.numpy.save(tensors, {KEY: json.dumps(options | {"class": type(bn).__name__})}))
 
 
 def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm, **options: Any) -> Layer:  # type: ignore[assignment]
@@ -435,9 +435,9 @@ def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm, **options: 
         the state of a torch.nn.BatchNorm, gives a layer with BatchNorm's defaults, which are torch's. For one layer
         out of a larger file see `from_torch`.
     cls : type
-        BatchNorm, or a class that is made in the same way.
+        The class of the layer that was saved, or one derived from it.
     **options
-        More of the class's, or others than the file's: `virtual_batch_size` for a GhostBatchNorm, which no file holds.
+        Others than the file's: `momentum`, `axis` …
 
     Returns
     -------
@@ -463,7 +463,13 @@ def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm, **options: 
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     try:
         tensors = {name: _tensor(name, tensor) for name, tensor in found}
-        stored = checks.file_options(KEY, header.get("__metadata__", {}).get(KEY), list(OPTIONS))
+        checks.from_the_file(options)
+        kinds: list[type[BatchNorm]] = [BatchNorm, *BatchNorm.__subclasses__()]
+        own = {name for kind in kinds for name in kind.OWN_OPTIONS}
+        known = [*OPTIONS, "class", *sorted(own)]
+        stored = checks.file_options(KEY, header.get("__metadata__", {}).get(KEY), known)
+        if stored is not None:
+            checks.saved_class(stored.pop("class", BatchNorm.__name__), cls)
         return _restore(cls, stored, tensors, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place!r} holds no BatchNorm: {error}") from error
@@ -496,7 +502,8 @@ def _restore(cls: type[Layer], options: dict[str, Any] | None, tensors: dict[str
     """A layer from what is in a file; options None: the file has none, and is torch's."""
     if options is None:
         arrays, batches = _from_state(checks.torch_state(tensors, ""), "")
-        return _counted(_layer(cls, arrays, None, **more), batches)
+        training = checks.flag("training", more.pop("training", True))
+        return _counted(_layer(cls, arrays, more.pop("dtype", None), **more), batches).train(training)
     rest = options | more
     training = checks.flag("training", rest.pop("training", True))
     channels = checks.positive("num_features", rest.pop("num_features", None))
@@ -568,6 +575,7 @@ def _layer(
         dtype=dtype,
         **options,
     )
+    checks.variance("running_var", arrays.get("running_var"), layer.eps)
     for name, value in arrays.items():
         getattr(layer, name)[...] = value
     return layer

@@ -159,6 +159,7 @@ def train_forward(
     rate = checks.momentum(momentum)
     checks.flag("unbiased", unbiased)
     mean, var = _running(running_mean, running_var, layout.channels, update=True)
+    checks.not_a_parameter(mean, var, weight, bias)
     slope = checks.activation(activation, negative_slope)
     if checks.nan_policy(nan_policy) == "raise" and source.size:
         batch = moments(x, axis=axis, num_threads=num_threads)

@@ -54,6 +54,8 @@ class GhostBatchNorm(BatchNorm):
     Hoffer, Hubara and Soudry (2017), Algorithm 1.
     """
 
+    OWN_OPTIONS = ("virtual_batch_size",)
+
     def __init__(self, num_features: int, *, virtual_batch_size: int, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.virtual_batch_size = checks.positive("virtual_batch_size", virtual_batch_size)
@@ -72,8 +74,8 @@ class GhostBatchNorm(BatchNorm):
         TypeError, ValueError
             Naming the argument; the layer is then as it was, whichever part it was that failed.
         """
-        checks.features(x, self.axis, self.num_features)
-        x = checks.data("x", x)
+        x = checks.features(x, self.axis, self.num_features)
+        checks.positive("virtual_batch_size", self.virtual_batch_size)
         checks.channel_axis(self.axis, x)
         checks.not_batch_axis(self.axis, x.shape)
         if not (self.training and self.trainable and x.size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -63,6 +63,8 @@ class BatchNorm:
     Ioffe and Szegedy (2015), Algorithms 1 and 2.
     """
 
+    OWN_OPTIONS: ClassVar[tuple[str, ...]] = ()  # what a subclass is made with beside these, and is saved with it
+
     weight: Array | None
     bias: Array | None
     running_mean: Array | None
@@ -98,10 +100,11 @@ class BatchNorm:
         self.nan_policy = checks.nan_policy(nan_policy)
         self.trainable = checks.trainable(trainable, track_running_stats)
         self.training = True
-        self.weight = np.ones(num_features, self.dtype) if has_weight else None
-        self.bias = np.zeros(num_features, self.dtype) if has_bias else None
-        self.running_mean = np.zeros(num_features, self.dtype) if track_running_stats else None
-        self.running_var = np.ones(num_features, self.dtype) if track_running_stats else None
+        channels = self.num_features
+        self.weight = np.ones(channels, self.dtype) if has_weight else None
+        self.bias = np.zeros(channels, self.dtype) if has_bias else None
+        self.running_mean = np.zeros(channels, self.dtype) if track_running_stats else None
+        self.running_var = np.ones(channels, self.dtype) if track_running_stats else None
         self.num_batches_tracked = 0 if track_running_stats else None
         self.grad_weight: Array | None = None
         self.grad_bias: Array | None = None
@@ -139,7 +142,7 @@ class BatchNorm:
         TypeError, ValueError
             Naming the argument; the layer is then as it was.
         """
-        checks.features(x, self.axis, self.num_features)
+        x = checks.features(x, self.axis, self.num_features)
         if not self.training:
             y = batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,
@@ -199,7 +202,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Normalize by the batch's statistics from now on (or, with ``mode=False``, by the running ones)."""
-        self.training = bool(mode)
+        self.training = checks.flag("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -275,7 +278,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what the last forward pass left for `backward`: a copy or a pickle does not carry a batch."""
-        return self.__dict__ | {"_saved": None}
+        return self.__dict__ | {"_saved": None, "grad_residual": None}
 
     def __repr__(self) -> str:
         return (

@@ -249,7 +249,7 @@ class MaskedBatchNorm(BatchNorm):
         -----
         All masked: y is 0, and the running statistics stay as they are.
         """
-        checks.features(x, self.axis, self.num_features)
+        x = checks.features(x, self.axis, self.num_features)
         settings: dict[str, Any] = {
             "eps": self.eps, "activation": self.activation, "negative_slope": self.negative_slope,
         }  # fmt: skip
@@ -379,7 +379,8 @@ def _moments(rows: Array, weights: Array, total: float) -> tuple[Array, Array]:
             sums.append(weighted.sum(axis=1))
             squares.append((weighted * deviation).sum(axis=1))
         rest = np.sum(sums, axis=0) / total  # what rounding left over; for a constant channel, all of it
-        return mean + rest, np.maximum(np.sum(squares, axis=0) / total - rest * rest, 0)
+        var = np.sum(squares, axis=0) / total
+        return mean + rest, np.where(np.isfinite(var), np.maximum(var - rest * rest, 0), var)  # of ∞ nothing is taken
 
 
 def _through_statistics(dx: Array, saved: MaskedSaved, dweight: Array, dbias: Array) -> None:

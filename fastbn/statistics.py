@@ -43,8 +43,8 @@ class Moments:
     m2: Array
 
     def __post_init__(self) -> None:
-        for name in ("mean", "m2"):
-            setattr(self, name, np.asarray(getattr(self, name), np.float64))
+        self.count = checks.integer("count", self.count)
+        self.mean, self.m2 = checks.moments_vector("mean", self.mean), checks.moments_vector("m2", self.m2)
         checks.moments(self.count, self.mean, self.m2)
 
     def var(self, unbiased: bool = False) -> Array:
@@ -98,20 +98,24 @@ class Moments:
 
     def __radd__(self, other: Any) -> Moments:
         """0 + moments, so that ``sum`` works."""
-        return self if type(other) is int and other == 0 else NotImplemented
+        return self._copy() if type(other) is int and other == 0 else NotImplemented
 
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
         checks.same_channels(self.mean.size, other.mean.size)
-        if self.count == 0:
-            return other
-        if other.count == 0:
-            return self
+        if self.count == 0 or other.count == 0:
+            return (other if self.count == 0 else self)._copy()
         count = self.count + other.count
         share = other.count / count
-        delta = other.mean - self.mean
-        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * (self.count * share))
+        with np.errstate(all="ignore"):  # what overflows is infinite, whatever NumPy's settings are
+            delta = other.mean - self.mean
+            m2 = self.m2 + other.m2 + delta * delta * (self.count * share)
+            return Moments(count, self.mean + delta * share, m2)
+
+    def _copy(self) -> Moments:
+        """Of its own, as `update` works in place."""
+        return Moments(self.count, self.mean.copy(), self.m2.copy())
 
 
 def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments:

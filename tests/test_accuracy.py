@@ -369,7 +369,7 @@ def test_extremes(kernels, dtype, shape, axis):
 @pytest.mark.parametrize("name", ["differences of 6e38", "weight/σ of 1e-40", "weight/σ of 1e41"])
 @extreme_layouts
 def test_extremes_fused(native, shape, axis, name):
-    """Fused is unfused there too, on any number of threads, and channels between have the bits that they always have."""
+    """Fused is unfused there too, on any number of threads; and channels between have the bits they always have."""
     x, weight, eps = hardest(name, shape, F32, axis)
     dy, residual = (sample(shape, F32, axis, seed=seed) for seed in (2, 5))
     bias = np.zeros_like(weight)

@@ -81,6 +81,18 @@ def test_finite_differences(kernels, shape, axis, batch):
         np.testing.assert_allclose(got, central_differences(loss, argument), rtol=1e-7, atol=1e-8)
 
 
+def test_statistics_updated_before_backward(kernels):
+    """batch_norm_eval_forward keeps its own copy: a training step may update the running ones in between."""
+    x, dy = sample((9, 5, 7), np.float32), sample((9, 5, 7), np.float32, seed=2)
+    weight, bias, mean, var = parameters(5, np.float32)
+    want = fastbn.batch_norm_backward(dy, fastbn.batch_norm_eval_forward(x, mean, var, weight, bias)[1])
+    _, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias)
+    mean += 1
+    var *= 2
+    for got, expected in zip(fastbn.batch_norm_backward(dy, saved), want, strict=True):
+        same_bits(got, expected)
+
+
 def test_constant_gradient_has_no_effect(kernels, dtype):
     """Adding a constant to y changes nothing that x could change: dx is 0 up to rounding, dbias the count."""
     x = sample((6, 5, 7), dtype)

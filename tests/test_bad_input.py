@@ -203,6 +203,44 @@ def test_out_partly_overlaps_x(by):
     assert (mean == 1).all() and (var == 1).all()
 
 
+class Wrapper:
+    """Another library's array, over memory of its own."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_out_overlaps_another_librarys_array():
+    """A wrapper's memory is looked at like an ndarray's; y over exactly x is still allowed where nothing is kept."""
+    buffer = sample((2, 60), np.float32).ravel()
+    before = buffer.copy()
+    x, moved = buffer[:60].reshape(4, 3, 5), buffer[3:63].reshape(4, 3, 5)
+    raises(lambda: fastbn.batch_norm_forward(Wrapper(x), out=x), ValueError, "out overlaps x in memory, and must not")
+    raises(lambda: fastbn.batch_norm(Wrapper(x), training=True, out=moved), ValueError, "out overlaps x in memory")
+    _, saved = fastbn.batch_norm_forward(X)
+    raises(lambda: fastbn.batch_norm_backward(Wrapper(x), saved, out=moved), ValueError, "out overlaps dy in memory")
+    np.testing.assert_array_equal(buffer, before)
+    y = fastbn.batch_norm_forward(x.copy())[0]
+    np.testing.assert_array_equal(fastbn.batch_norm(Wrapper(x), training=True, out=x), y)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_a_statistic_is_a_parameter(name, statistic):
+    """Its update would change the parameter."""
+    p = D3.copy()
+    arguments = {"running_mean": D3.copy(), "running_var": D3.copy()} | {name: p, statistic: p}
+    raises(
+        lambda: fastbn.batch_norm(X, training=True, **arguments),
+        ValueError,
+        f"{name} is running_mean or running_var itself",
+    )
+    assert (p == 1).all()
+
+
 def test_out_is_x_in_another_order():
     """The same memory, element for element elsewhere."""
     x = sample((3, 3), np.float32)

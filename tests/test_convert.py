@@ -641,16 +641,40 @@ def test_imports_nothing():
         assert repr(name) not in loaded
 
 
-def test_methods_and_options_beside_the_file(tmp_path):
-    """BatchNorm.save and load are the functions; a ghost's own option is in no file, and is given."""
-    ghost = fastbn.GhostBatchNorm(3, virtual_batch_size=4, eps=1e-3)
+def test_methods_and_classes(tmp_path):
+    """BatchNorm.save and load are the functions; a layer comes back as what it was, with what it was made with."""
     x = sample((12, 3, 5), np.float32)
+    ghost = fastbn.GhostBatchNorm(3, virtual_batch_size=4, eps=1e-3)
     ghost(x)
     ghost.save(tmp_path / "ghost")
-    again = fastbn.GhostBatchNorm.load(tmp_path / "ghost", virtual_batch_size=4)
+    again = fastbn.GhostBatchNorm.load(tmp_path / "ghost")
     assert type(again) is fastbn.GhostBatchNorm and repr(again) == repr(ghost)
     same_bits(again(x), ghost(x))
-    plain = fastbn.BatchNorm.load(tmp_path / "ghost", momentum=0.5)
-    assert type(plain) is fastbn.BatchNorm and plain.momentum == 0.5 and plain.eps == 1e-3
-    with pytest.raises(ValueError, match=r"holds no BatchNorm: .*virtual_batch_size"):
-        fastbn.GhostBatchNorm.load(tmp_path / "ghost")
+    with pytest.raises(ValueError, match="it holds a GhostBatchNorm, and must be loaded as one, not as a BatchNorm"):
+        fastbn.BatchNorm.load(tmp_path / "ghost")
+    plain = fastbn.BatchNorm(3)
+    plain.save(tmp_path / "plain")
+    assert fastbn.BatchNorm.load(tmp_path / "plain", momentum=0.5).momentum == 0.5
+    assert type(fastbn.InplaceBatchNorm.load(tmp_path / "plain")) is fastbn.InplaceBatchNorm
+    assert fastbn.GhostBatchNorm.load(tmp_path / "plain", virtual_batch_size=7).virtual_batch_size == 7
+    with pytest.raises(ValueError, match=r"holds no BatchNorm: affine is given, and must come from the file's tensors"):
+        fastbn.BatchNorm.load(tmp_path / "plain", affine=False)
+
+
+def test_options_beside_torchs_file(tmp_path):
+    """A file without options takes those that are given, and its variances are looked at."""
+    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
+    state = convert.to_torch(fastbn.BatchNorm(3))
+    safetensors.save_file(state, tmp_path / "torch")
+    layer = fastbn.BatchNorm.load(tmp_path / "torch", dtype=np.float64, training=False, axis=-1)
+    assert layer.dtype == np.float64 and not layer.training and layer.axis == -1
+    safetensors.save_file(state | {"running_var": np.full(3, -1, np.float32)}, tmp_path / "torch")
+    with pytest.raises(ValueError, match=r"running_var has -1\.0 in channel 0, and must be variances: at least 0"):
+        fastbn.BatchNorm.load(tmp_path / "torch")
+
+
+def test_half_of_the_statistics():
+    state = convert.to_torch(fastbn.BatchNorm(3))
+    del state["running_var"]
+    with pytest.raises(ValueError, match="and must have running_mean and running_var, or no statistics at all"):
+        convert.from_torch(state)

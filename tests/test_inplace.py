@@ -518,3 +518,10 @@ def test_bad_calls():
     assert (out == 7).all()
     same_bits(x, y)
     bn.backward(dy)  # and what was kept still serves
+
+
+def test_a_slope_of_nearly_0():
+    with pytest.raises(
+        ValueError, match=r"negative_slope is 1e-50, and must be .* in place: what is 0 cannot be undone"
+    ):
+        fastbn.InplaceBatchNorm(3, activation="leaky_relu", negative_slope=1e-50)

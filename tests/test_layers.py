@@ -299,3 +299,19 @@ def test_pickle_carries_no_batch():
     np.testing.assert_equal(copied.state_dict(), layer.state_dict())
     with pytest.raises(ValueError, match="backward has nothing to go back over"):
         copied.backward(np.ones((4, 3), np.float32))
+
+
+def test_a_networks_pickle_carries_no_batch():
+    """Buffers, kept inputs and a residual's gradient stay behind."""
+    from fastbn import nn
+
+    net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm(64), nn.ReLU(), nn.Linear(64, 64))
+    x = np.ones((1000, 64), np.float32) * np.arange(1000, dtype=np.float32)[:, np.newaxis]
+    net.backward(net(x).copy())
+    plain = fastbn.BatchNorm(64)
+    plain(x, x)
+    plain.backward(x)
+    assert len(pickle.dumps(net)) < 2.5 * 4 * 2 * 64 * 64  # parameters and their gradients
+    assert len(pickle.dumps(plain)) < 10_000
+    again = pickle.loads(pickle.dumps(net))
+    same_bits(again.eval()(x), net.eval()(x))

@@ -1,6 +1,7 @@
 """Moments: what the kernels gather, and how they merge."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_update_that_raises_leaves_the_moments():
     assert total.count == count and (total.mean == mean).all() and (total.m2 == m2).all()
 
 
+def test_update_changes_nothing_else():
+    """What + and sum give is their own, also where one side is empty."""
+    m = fastbn.moments(sample((5, 3), np.float64))
+    for total in (sum([m]), Moments.none(3) + m, m + Moments.none(3)):
+        total.update(sample((7, 3), np.float64))
+        assert total.count == 12 and m.count == 5
+
+
+def test_overflow_is_infinite_whatever_numpys_settings_are():
+    with np.errstate(all="raise"):
+        both = fastbn.moments(np.array([[1e200], [2e200]])) + fastbn.moments(np.array([[-1e200], [-2e200]]))
+    assert both.m2 == np.inf and both.mean == 0
+
+
 def test_merge_of_unlike_pieces():
     """One value and a thousand; means far apart."""
     a, b = np.full((1, 1), 1e6), sample((1000, 1), np.float64)
@@ -136,3 +151,22 @@ def test_sum_and_bad_parts():
     np.testing.assert_allclose(sum(parts).mean, whole.mean, rtol=1e-14)
     with pytest.raises(ValueError, match="m2"):
         fastbn.Moments(3, np.zeros(3), np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((2, np.ones(3), -np.ones(3)), ValueError, "m2 has -1.0, and must be sums of squares: at least 0"),
+        ((2, ["a", "b"], np.ones(2)), TypeError, "mean has dtype <U1, and must be real numbers"),
+        ((2.5, np.ones(3), np.ones(3)), TypeError, "count is 2.5, and must be an integer"),
+    ],
+)
+def test_bad_parts(arguments, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        Moments(*arguments)
+
+
+@pytest.mark.parametrize(("count", "unbiased", "needed"), [(0, False, 1), (1, True, 2)])
+def test_words_for_too_few_values(count, unbiased, needed):
+    with pytest.raises(ValueError, match=f"count is {count}, and must be at least {needed} for this variance"):
+        Moments(count, np.ones(3), np.ones(3)).var(unbiased)

@@ -232,3 +232,16 @@ def test_bad_settings(settings, error, words):
             with pytest.raises(error) as caught:
                 fastbn.batch_norm(np.ones(SHAPE), np.zeros(3), np.ones(3), training=training, **settings)
             assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_state_beyond_the_layers_dtype(name):
+    layer = fastbn.BatchNorm(3)
+    before = state_bits(layer)
+    state = {key: value.astype(F64) for key, value in layer.state_dict().items()}
+    state[name][1] = 1e300
+    with pytest.raises(
+        ValueError, match=f"{name} has values in state that are too large, and must fit the layer's dtype"
+    ):
+        layer.load_state_dict(state)
+    assert state_bits(layer) == before

@@ -19,6 +19,8 @@
 - *Sums* are kept in the type computed in, about a pivot taken from the block itself, and leave the block as float64.
   One sweep is enough where the pivot was good. A block where it was not (m2 < q/4), or where a square overflowed or
   vanished, is done again in two sweeps of float64. The choice depends on the data alone.
+- *Wide channels* are those for which float32 is not enough: x - hi may overflow, or a coefficient has lost digits to
+  underflow. Kernels leave a task that has one unwritten, and NumPy does it (`_mend_forward`, `_mend_backward`).
 - *mean = hi + lo*: subtracting hi is exact where it matters (x near the mean); lo's share is folded into b.
 - *Two shapes of data.* RUNS: a channel's values lie contiguous, `inner` at a time (large planes). COLUMNS: rows of
   channels·inner values, a group of channels side by side (rows, where inner is 1, and small planes, a column a pixel,
@@ -86,6 +88,8 @@ BLOCK_ROWS = 256  # rows a block of columns sums before it merges
 STRETCH = 1 << 16  # values of a task that goes over the memory once, in order
 AHEAD = 8192  # bytes: how far before their use columns are asked for
 LARGEST = (float(np.finfo(np.float64).max), float(np.finfo(np.float32).max))
+SMALLEST = float(np.finfo(np.float32).tiny)
+MOST = 2.0**103  # half a unit of the largest float32: further from 0, a mean's difference from x may overflow
 TINY = (1e-290, 1e-30)  # mean squares under this have lost digits: in float64, in float32
 MAX_COLUMNS = 1024  # columns of a task: their sums stay in L1
 APART = 13  # vectors between two scratch arrays: at 4 KiB from each other, a store to one would seem to hit the other
@@ -671,7 +675,9 @@ def _moments_wide(x: Pointer, start: int, runs: int, stride: int, length: int) -
             s = s + d
             q = q + d * d
     shift = total(s) / (runs * length)
-    m2 = total(q) - total(s) * shift
+    m2 = total(q)
+    if m2 - m2 == 0:  # beyond float64 it is infinite, and no ∞ - ∞
+        m2 -= total(s) * shift
     return mean + shift, 0.0 if m2 < 0.0 else m2
 
 
@@ -700,6 +706,25 @@ def _within(x: Pointer, scale: float) -> float:
     """The scale, or the largest that x's type can hold: a constant channel's x - hi is 0, and must stay so."""
     largest = LARGEST[lanes(x) // 16]
     return largest if scale > largest else -largest if scale < -largest else scale
+
+
+@_jit
+def _enough(coefficient: float) -> bool:
+    """Does float32 hold the coefficient, with all its digits? (NaN is as good there as elsewhere.)"""
+    size = abs(coefficient)
+    return not (size >= LARGEST[1]) and (coefficient == 0.0 or not (size < SMALLEST))
+
+
+@_jit
+def _is_wide(x: Pointer, hi: float, a: float) -> bool:
+    """Is float32 not enough to normalize the channel by? Of `_coefficients`' results."""
+    return lanes(x) == 16 and (abs(hi) >= MOST or not _enough(a))
+
+
+@_jit
+def _has_wide_slopes(x: Pointer, var: float, eps: float, sum_dy: float, sum_dy_xmu: float, count: int) -> bool:
+    """Is it not enough for the channel's input gradient?"""
+    return lanes(x) == 16 and (abs(sum_dy / count) >= MOST or not _enough(sum_dy_xmu / count / (var + eps)))
 
 
 @_jit
@@ -848,6 +873,24 @@ def _moments_runs(x: Pointer, start: int, runs: int, stride: int, length: int) -
     for r in range(runs):
         i = start + r * stride
         end = i + length
+        # Four terms are added to each other before they are added to a sum: a quarter of the roundings, and none that
+        # goes one way time after time, as those of squares (which are 0 or 1 modulo 4) and of equal terms do.
+        while i + 8 * lanes(x) <= end:
+            for j in range(2):
+                at_ = i + j * lanes(x)
+                prefetch(x, at_, following)
+                prefetch(x, at_ + 2 * lanes(x), following)
+                prefetch(x, at_ + 4 * lanes(x), following)
+                prefetch(x, at_ + 6 * lanes(x), following)
+                d0, d1 = load(x, at_) - p, load(x, at_ + 2 * lanes(x)) - p
+                d2, d3 = load(x, at_ + 4 * lanes(x)) - p, load(x, at_ + 6 * lanes(x)) - p
+                if j == 0:
+                    s0 = s0 + ((d0 + d1) + (d2 + d3))
+                    q0 = q0 + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+                else:
+                    s1 = s1 + ((d0 + d1) + (d2 + d3))
+                    q1 = q1 + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
+            i += 8 * lanes(x)
         while i + 2 * lanes(x) <= end:
             prefetch(x, i, following)
             prefetch(x, i + lanes(x), following)
@@ -883,6 +926,26 @@ def _gradient_sums_runs(
     for r in range(runs):
         i = start + r * stride
         end = i + length
+        while i + 8 * lanes(x) <= end:
+            for j in range(2):
+                i0 = i + j * lanes(x)
+                i1, i2, i3 = i0 + 2 * lanes(x), i0 + 4 * lanes(x), i0 + 6 * lanes(x)
+                for at_ in (i0, i1, i2, i3):
+                    prefetch(x, at_, following)
+                    prefetch(dy, at_, following)
+                    prefetch(y, at_, following)
+                d0, d1, d2, d3 = load(x, i0) - h, load(x, i1) - h, load(x, i2) - h, load(x, i3) - h
+                g0 = _gradient(i0, None, dy, y, dz, d0, va, vb, vs, zero)
+                g1 = _gradient(i1, None, dy, y, dz, d1, va, vb, vs, zero)
+                g2 = _gradient(i2, None, dy, y, dz, d2, va, vb, vs, zero)
+                g3 = _gradient(i3, None, dy, y, dz, d3, va, vb, vs, zero)
+                if j == 0:
+                    s0 = s0 + ((g0 + g1) + (g2 + g3))
+                    q0 = q0 + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3))
+                else:
+                    s1 = s1 + ((g0 + g1) + (g2 + g3))
+                    q1 = q1 + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3))
+            i += 8 * lanes(x)
         while i + 2 * lanes(x) <= end:
             j = i + lanes(x)
             for at_ in (i, j):
@@ -932,7 +995,7 @@ def _block(block: int, outer: int, channels: int, inner: int) -> Any:
 def _forward_runs(
     task: int, x_: Array, y_: Array, added_: Data, apply: bool, outer: int, channels: int, inner: int,
     group: int, extent: int, chunk: int, chunks: int, mean: Array, m2: Array, weight: Array,
-    bias: Array, eps: float, slope: Slope, streaming: int,
+    bias: Array, eps: float, slope: Slope, streaming: int, left: Array,
 ) -> None:  # fmt: skip
     x, y, added = pointer(x_), pointer(y_), pointer(added_)
     channel, part = task // chunks, task % chunks
@@ -947,6 +1010,9 @@ def _forward_runs(
     mean[part, channel], m2[part, channel] = centre, second
     if apply:
         hi, a, b = _coefficients(x, centre, second / count, weight[channel], bias[channel], eps)
+        if _is_wide(x, hi, a):
+            left[0] = True
+            return
         v = splat(x, hi), splat(x, a), splat(x, b), splat(x, slope)
         for block in range(last - 1, first - 1, -1):
             start, runs, length = _block(block, outer, channels, inner)
@@ -959,13 +1025,16 @@ def _backward_runs(
     task: int, dy_: Array, x_: Array, dx_: Array, y_: Data, dz_: Data, steps: int,
     outer: int, channels: int, inner: int, group: int, extent: int, chunk: int, chunks: int,
     mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array, weight: Array, bias: Array, eps: float, slope: Slope,
-    streaming: int,
+    streaming: int, left: Array,
 ) -> None:  # fmt: skip
     dy, x, dx, y, dz = pointer(dy_), pointer(x_), pointer(dx_), pointer(y_), pointer(dz_)
     channel, part = task // chunks, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     stride, origin = channels * inner, channel * inner
     hi, a, b = _coefficients(x, mean[channel], var[channel], weight[channel], bias[channel], eps)
+    wide = _is_wide(x, hi, a)
+    if wide:
+        left[0] = True
     if steps & SUM:
         s = q = 0.0
         for block in range(first, last):
@@ -976,6 +1045,9 @@ def _backward_runs(
         sum_dy[part, channel], sum_dy_xmu[part, channel] = s, q - (mean[channel] - hi) * s
     if steps & APPLY:
         s, q = sum_dy[0, channel], sum_dy_xmu[0, channel]
+        if wide or _has_wide_slopes(x, var[channel], eps, s, q, outer * inner):
+            left[0] = True
+            return
         m, k, c = _slopes(x, mean[channel], var[channel], a, eps, s, q, outer * inner)
         g, vs = either(dz, dy), unless(dz, splat(x, slope))  # dz is there already, or yet to be made
         v = splat(x, hi), splat(x, a), splat(x, b), splat(x, m), splat(x, k), splat(x, c)
@@ -1168,7 +1240,17 @@ def _gradient_sums_columns(
             store(products, k, load(products, k) + g0 * d0)
     if whole < columns:
         h, va, vb, s, q, n = at(hi, whole), at(a, whole), at(b, whole), zero, zero, columns - whole
-        for r in range(rows):
+        for r in range(0, grouped, 4):
+            i = start + r * stride + whole
+            d0, d1 = load_part(x, i, n, h) - h, load_part(x, i + stride, n, h) - h
+            d2, d3 = load_part(x, i + 2 * stride, n, h) - h, load_part(x, i + 3 * stride, n, h) - h
+            g0 = _gradient(i, n, dy, y, dz, d0, va, vb, vs, zero)
+            g1 = _gradient(i + stride, n, dy, y, dz, d1, va, vb, vs, zero)
+            g2 = _gradient(i + 2 * stride, n, dy, y, dz, d2, va, vb, vs, zero)
+            g3 = _gradient(i + 3 * stride, n, dy, y, dz, d3, va, vb, vs, zero)
+            s = s + ((g0 + g1) + (g2 + g3))
+            q = q + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3))
+        for r in range(grouped, rows):
             i = start + r * stride + whole
             d0 = load_part(x, i, n, h) - h
             g0 = _gradient(i, n, dy, y, dz, d0, va, vb, vs, zero)
@@ -1200,7 +1282,7 @@ def _gradient_sums_columns(
 def _forward_columns(
     task: int, x_: Array, y_: Array, added_: Data, apply: bool, outer: int, channels: int, inner: int,
     group: int, extent: int, chunk: int, chunks: int, mean: Array, m2: Array, weight: Array,
-    bias: Array, eps: float, slope: Slope, streaming: int,
+    bias: Array, eps: float, slope: Slope, streaming: int, left: Array,
 ) -> None:  # fmt: skip
     x, y, added = pointer(x_), pointer(y_), pointer(added_)
     channel, part = task // chunks * group, task % chunks
@@ -1216,6 +1298,9 @@ def _forward_columns(
         for i in range(width):
             c = channel + i
             v = _coefficients(x, mean[0, c], m2[0, c] / (outer * inner), weight[c], bias[c], eps)
+            if _is_wide(x, v[0], v[1]):
+                left[0] = True
+                return
             _fill(hi, i * inner, inner, v[0])
             _fill(a, i * inner, inner, v[1])
             _fill(b, i * inner, inner, v[2])
@@ -1232,16 +1317,18 @@ def _backward_columns(
     task: int, dy_: Array, x_: Array, dx_: Array, y_: Data, dz_: Data, steps: int,
     outer: int, channels: int, inner: int, group: int, extent: int, chunk: int, chunks: int,
     mean: Array, var: Array, sum_dy: Array, sum_dy_xmu: Array, weight: Array, bias: Array, eps: float, slope: Slope,
-    streaming: int,
+    streaming: int, left: Array,
 ) -> None:  # fmt: skip
     dy, x, dx, y, dz = pointer(dy_), pointer(x_), pointer(dx_), pointer(y_), pointer(dz_)
     channel, part = task // chunks * group, task % chunks
     first, last = part * chunk, min(part * chunk + chunk, extent)
     width, stride, origin = min(group, channels - channel), channels * inner, channel * inner
     hi, a, b, m, k, c = scratch(x), scratch(x), scratch(x), scratch(x), scratch(x), scratch(x)
+    wide = False
     for i in range(width):
         ch = channel + i
         v = _coefficients(x, mean[ch], var[ch], weight[ch], bias[ch], eps)
+        wide = wide or _is_wide(x, v[0], v[1])
         _fill(hi, i * inner, inner, v[0])
         _fill(a, i * inner, inner, v[1])
         _fill(b, i * inner, inner, v[2])
@@ -1256,14 +1343,20 @@ def _backward_columns(
         for ch in range(channel, channel + width):
             low = mean[ch] - np.float64(rounded(x, mean[ch]))
             sum_dy_xmu[part, ch] -= low * sum_dy[part, ch]
+    if wide:
+        left[0] = True
     if steps & APPLY:
         for i in range(width):
             ch = channel + i
+            wide = wide or _has_wide_slopes(x, var[ch], eps, sum_dy[0, ch], sum_dy_xmu[0, ch], outer * inner)
             scale = _scale(x, var[ch], weight[ch], eps)
             u = _slopes(x, mean[ch], var[ch], scale, eps, sum_dy[0, ch], sum_dy_xmu[0, ch], outer * inner)
             _fill(m, i * inner, inner, u[0])
             _fill(k, i * inner, inner, u[1])
             _fill(c, i * inner, inner, u[2])
+        if wide:
+            left[0] = True
+            return
         g, vs = either(dz, dy), unless(dz, splat(x, slope))  # dz is there already, or yet to be made
         for end in range(last, first, -BLOCK_ROWS):
             row = max(end - BLOCK_ROWS, first)
@@ -1518,19 +1611,112 @@ def _coefficients_of_all(
     return coefficients
 
 
+# ---- wide channels, and those of the same task: in NumPy ----
+
+
+def _held(coefficients: Array) -> Array:
+    """`_enough`, of an array."""
+    size = np.abs(coefficients)
+    return ~(size >= LARGEST[1]) & ((size == 0) | ~(size < SMALLEST))  # type: ignore[no-any-return]
+
+
+class Vectors(NamedTuple):
+    """What channels are normalized by, (channels, 1), float64; and which are wide (`_is_wide`)."""
+
+    mean: Array
+    scale: Array
+    bias: Array
+    wide: Array
+
+
+def _vectors(mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Vectors:
+    mean, var = np.asarray(mean, np.float64), np.asarray(var, np.float64)
+    scale = (1.0 if weight is None else np.asarray(weight, np.float64)) / np.sqrt(var + eps)
+    shift = np.zeros_like(mean) if bias is None else np.asarray(bias, np.float64)
+    wide = (np.abs(mean.astype(np.float32)) >= MOST) | ~_held(scale)
+    return Vectors(*(values[:, np.newaxis] for values in (mean, scale, shift, wide)))
+
+
+def _unwritten(wide: Array, group: int) -> Array:
+    """The channels whose task has a wide one: kernels have left them."""
+    return np.flatnonzero(np.repeat(np.logical_or.reduceat(wide, np.arange(0, wide.size, group)), group)[: wide.size])
+
+
+def _z(x: Array, v: Vectors) -> Array:
+    """(outer, channels, inner) float32: as kernels round it, or, of wide channels, once."""
+    hi, a = v.mean.astype(np.float32), v.scale.astype(np.float32)
+    b = (v.bias - (v.mean - hi) * v.scale).astype(np.float32)
+    return np.where(v.wide, ((x - v.mean) * v.scale + v.bias).astype(np.float32), (x - hi) * a + b)
+
+
+def _passed(values: Array, z: Array, slope: float) -> Array:
+    return np.where(z <= 0, values * np.float32(slope) if slope else np.float32(0), values)
+
+
+def _mend_forward(
+    which: Array, x: Array, y: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float,
+    residual: Array | None, slope: float,
+) -> None:  # fmt: skip
+    """`normalize`, of the channels `which`."""
+    shape = outer, channels, inner
+    v = Vectors(*(values[which] for values in _vectors(mean, var, weight, bias, eps)))
+    z = _z(x.reshape(shape)[:, which].astype(np.float32), v)
+    if residual is not None:
+        z += residual.reshape(shape)[:, which].astype(np.float32)
+    y.reshape(shape)[:, which] = _passed(z, z, slope)
+
+
+def _mend_backward(
+    which: Array, dy: Array, x: Array, dx: Array | None, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, batch: bool,
+    sums: Array, dresidual: Array | None, slope: float,
+) -> None:  # fmt: skip
+    """dx of the channels `which`; or, without dx, their sums (all are wide ones then)."""
+    shape = outer, channels, inner
+    v = Vectors(*(values[which] for values in _vectors(mean, var, weight, bias, eps)))
+    x = x.reshape(shape)[:, which].astype(np.float32)
+    if dresidual is not None:
+        dz = dresidual.reshape(shape)[:, which].astype(np.float32)
+    else:
+        dz = dy.reshape(shape)[:, which].astype(np.float32)
+        if slope != 1:
+            dz = _passed(dz, _z(x, v), slope)
+    if dx is None:
+        sums[0, which] = dz.sum(axis=(0, 2), dtype=np.float64)
+        sums[1, which] = (dz * (x - v.mean)).sum(axis=(0, 2))
+        return
+    if not batch:
+        dx.reshape(shape)[:, which] = np.where(
+            v.wide, (dz * v.scale).astype(np.float32), dz * v.scale.astype(np.float32)
+        )
+        return
+    m = sums[0, which, np.newaxis] / (outer * inner)
+    k = sums[1, which, np.newaxis] / (outer * inner) / (np.asarray(var, np.float64)[which, np.newaxis] + eps)
+    wide = v.wide | (np.abs(m) >= MOST) | ~_held(k)
+    hi, a, near = v.mean.astype(np.float32), v.scale.astype(np.float32), m.astype(np.float32)
+    rest = (v.scale * ((v.mean - hi) * k - (m - near))).astype(np.float32)
+    normal = ((dz - near) - (x - hi) * k.astype(np.float32)) * a + rest
+    exact = (((dz - m) - (x - v.mean) * k) * v.scale).astype(np.float32)
+    dx.reshape(shape)[:, which] = np.where(wide, exact, normal)
+
+
 # ---- the interface ----
 
 
 def _forward(
     grid: Grid, apply: bool, x: Array, y: Array, outer: int, channels: int, inner: int, mean: Array, m2: Array,
     weight: Array | None, bias: Array | None, eps: float, added: Data, slope: Slope, threads: int,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """Whether a task with a wide channel left y unwritten."""
+    left = np.zeros(1, np.bool_)
     _run(
         FORWARD[grid.kind], grid.groups * grid.chunks, threads, _input(x), _flat(y), added, apply,
         outer, channels, inner, grid.group, grid.extent, grid.chunk, grid.chunks, mean, m2,
         _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, slope,
-        _streaming(y, 2, channels, inner),
+        _streaming(y, 2, channels, inner), left,
     )  # fmt: skip
+    return bool(left[0])
 
 
 def _moments(
@@ -1580,11 +1766,16 @@ def normalize(
     residual: Array | None, slope: float, threads: int, backwards: bool = False,
 ) -> None:  # fmt: skip
     """y = act((x - mean) / sqrt(var + eps) · weight + bias + residual). Writes y, which may be x or residual."""
+    if x.itemsize < 8 and _vectors(mean, var, weight, None, eps).wide.any():
+        everything = np.arange(channels)
+        _mend_forward(everything, x, y, outer, channels, inner, mean, var, weight, bias, eps, residual, slope)
+        return
     coefficients = _coefficients_of_all(x, channels, mean, var, weight, bias, eps)
     act = _slope(slope, residual)
     _over_memory(NORMALIZE, x, residual, y, outer, channels, inner, coefficients, act, backwards, threads)
 
 
+@_quiet
 def forward(
     x: Array, y: Array, outer: int, channels: int, inner: int,
     weight: Array | None, bias: Array | None, eps: float, mean: Array, var: Array,
@@ -1595,10 +1786,13 @@ def forward(
     added, act = _given(residual), _slope(slope, residual)
     if grid.chunks == 1:
         parts: Any = mean.reshape(1, -1), var.reshape(1, -1)
-        _forward(
+        left = _forward(
             grid, True, x, y, outer, channels, inner, parts[0], parts[1], weight, bias, eps, added, act, threads
         )  # fmt: skip
         var /= outer * inner
+        if left:
+            which = _unwritten(_vectors(mean, var, weight, None, eps).wide[:, 0], grid.group)
+            _mend_forward(which, x, y, outer, channels, inner, mean, var, weight, bias, eps, residual, slope)
     else:
         _moments(grid, x, outer, channels, inner, mean, var, added, act, threads)
         var /= outer * inner
@@ -1611,15 +1805,18 @@ def _backward(
     grid: Grid, steps: int, dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array | None, sum_dy: Array, sum_dy_xmu: Array, weight: Array | None, bias: Array | None,
     eps: float, y: Data, dz: Data, slope: Slope, threads: int,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """Whether there was a wide channel: its sums are wrong, and dx of its task was left unwritten."""
+    left = np.zeros(1, np.bool_)
     _run(
         BACKWARD[grid.kind], grid.groups * grid.chunks, threads,
         _input(dy), _input(x), _flat(dx), y, dz, steps, outer, channels, inner,
         grid.group, grid.extent, grid.chunk, grid.chunks, _parameter(mean, channels, 0.0),
         _parameter(var, channels, 1.0), sum_dy, sum_dy_xmu,
         _parameter(weight, channels, 1.0), _parameter(bias, channels, 0.0), eps, slope,
-        _streaming(dx, 2, channels, inner),
+        _streaming(dx, 2, channels, inner), left,
     )  # fmt: skip
+    return bool(left[0])
 
 
 def gradient_moments(
@@ -1637,6 +1834,7 @@ def gradient_moments(
     sum_dy[...], sum_dy_xmu[...] = parts.sum(axis=1)
 
 
+@_quiet
 def input_gradient(
     dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
     mean: Array, var: Array, weight: Array | None, eps: float, sum_dy: Array, sum_dy_xmu: Array, threads: int,
@@ -1644,9 +1842,25 @@ def input_gradient(
     """dx = weight/σ · (dy - Σdy/n - x̂ · Σ(dy·x̂)/n),  x̂ = (x - mean)/σ. Writes dx."""
     grid = _grid(outer, channels, inner, x.itemsize)
     parts: Any = np.array((sum_dy, sum_dy_xmu), np.float64).reshape(2, 1, -1)
-    _backward(
+    if _backward(
         grid, APPLY, dy, x, dx, outer, channels, inner, mean, var, parts[0], parts[1], weight, None, eps,
         None, None, None, threads,
+    ):  # fmt: skip
+        _mend(grid, dy, x, dx, outer, channels, inner, mean, var, weight, None, eps, parts[:, 0], None, 1.0)
+
+
+def _mend(
+    grid: Grid, dy: Array, x: Array, dx: Array, outer: int, channels: int, inner: int,
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float, sums: Array,
+    dresidual: Array | None, slope: float,
+) -> None:  # fmt: skip
+    """Where kernels left dx unwritten, write it."""
+    count = outer * inner
+    wide = _vectors(mean, var, weight, None, eps).wide[:, 0] | (np.abs(sums[0] / count) >= MOST)
+    wide |= ~_held(sums[1] / count / (np.asarray(var, np.float64) + eps))
+    _mend_backward(
+        _unwritten(wide, grid.group), dy, x, dx, outer, channels, inner, mean, var, weight, bias, eps, True,
+        sums, dresidual, slope,
     )  # fmt: skip
 
 
@@ -1670,28 +1884,46 @@ def backward(
         y = dy  # any array: no activation, nothing is cut
     z, dz, act = _given(y), None if dresidual is None else _flat(dresidual), _slope(slope, y)
 
-    def step(steps: int, sums: Any) -> None:
+    def step(steps: int, sums: Any) -> bool:
         z_bias = None if act is None else bias  # the plain form has no z
-        _backward(
+        return _backward(
             grid, steps, dy, x, dx, outer, channels, inner, mean, var, sums[0], sums[1], weight, z_bias, eps,
             z, dz, act, threads,
         )  # fmt: skip
 
+    def mend_sums(sums: Array) -> None:
+        """Of wide channels: by their own z."""
+        wide = np.flatnonzero(_vectors(mean, var, weight, None, eps).wide)
+        _mend_backward(
+            wide, dy, x, None, outer, channels, inner, mean, var, weight, bias, eps, batch, sums, dresidual, slope
+        )
+
     if batch and grid.chunks == 1:
         sums: Any = np.empty((2, 1, channels))
-        step(SUM | APPLY, sums)
+        left = step(SUM | APPLY, sums)
         sums = sums[:, 0]
+        if left:
+            mend_sums(sums)
     else:
         parts: Any = np.empty((2, grid.chunks, channels))
-        step(SUM, parts)
+        left = step(SUM, parts)
         sums = parts.sum(axis=1)
+        if left:
+            mend_sums(sums)
         if batch:
-            step(APPLY, sums[:, np.newaxis])
+            left = step(APPLY, sums[:, np.newaxis])
         elif act is None or dresidual is not None:  # (dz - 0)·weight/σ + 0
             given, zeros = dy if dresidual is None else dresidual, np.zeros(channels)
             normalize(given, dx, outer, channels, inner, zeros, var, weight, None, eps, None, 1.0, threads)
+        elif left:
+            everything = np.arange(channels)
+            _mend_backward(
+                everything, dy, x, dx, outer, channels, inner, mean, var, weight, bias, eps, False, sums, None, slope
+            )
         else:
             coefficients = _coefficients_of_all(x, channels, mean, var, weight, bias, eps)
             _over_memory(SCALE_GRADIENT, dy, x, dx, outer, channels, inner, coefficients, act, False, threads)
+    if batch and left:
+        _mend(grid, dy, x, dx, outer, channels, inner, mean, var, weight, bias, eps, sums, dresidual, slope)
     grad_bias[...] = sums[0]
     grad_weight[...] = sums[1] / np.sqrt(np.asarray(var, np.float64) + eps)

@@ -8,24 +8,41 @@ allocates no array the size of a batch. What a layer, a loss or a batch iterator
 next call: copy what you keep.
 """
 
-from .activations import ReLU, Sigmoid, Tanh
+from . import schedules
+from .activations import LeakyReLU, ReLU, Sigmoid, Tanh
 from .batch_norm import BatchNorm
 from .batches import Batches
+from .conv import Conv2d
+from .dropout import Dropout
 from .fit import accuracy, fit
+from .flatten import Flatten
 from .layer import Layer
+from .layer_norm import LayerNorm
 from .linear import Linear
-from .losses import SoftmaxCrossEntropy
-from .optimizers import SGD, Adam, Optimizer, RMSprop
+from .losses import BCEWithLogitsLoss, MSELoss, SoftmaxCrossEntropy
+from .optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
+from .pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from .sequential import Sequential
 from .update import update_bn
 
 __all__ = [
     "SGD",
     "Adam",
+    "AdamW",
+    "AvgPool2d",
+    "BCEWithLogitsLoss",
     "BatchNorm",
     "Batches",
+    "Conv2d",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool2d",
     "Layer",
+    "LayerNorm",
+    "LeakyReLU",
     "Linear",
+    "MSELoss",
+    "MaxPool2d",
     "Optimizer",
     "RMSprop",
     "ReLU",
@@ -35,5 +52,6 @@ __all__ = [
     "Tanh",
     "accuracy",
     "fit",
+    "schedules",
     "update_bn",
 ]

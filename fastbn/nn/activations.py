@@ -46,6 +46,10 @@ class Activation(Layer):
         self.gradient(dy, y, dx)
         return dx
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last batch: a copy or a pickle does not carry it."""
+        return self.__dict__ | {"_last": None}
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -61,6 +65,36 @@ class ReLU(Activation):
         """dy where y > 0, else 0."""
         np.sign(y, out=dx)
         np.multiply(dx, dy, out=dx)
+
+
+class LeakyReLU(Activation):
+    """y = x where x > 0, else negative_slope · x.
+
+    Parameters
+    ----------
+    negative_slope : float from 0 to 1
+    """
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        self.negative_slope = checks.number_in("negative_slope", negative_slope, 0, 1)
+
+    def function(self, x: Array, y: Array) -> None:
+        """max(x, negative_slope · x)."""
+        if self.negative_slope:
+            np.multiply(x, self.negative_slope, out=y)
+            np.maximum(x, y, out=y)
+        else:  # 0 · -∞ would be NaN
+            np.maximum(x, 0, out=y)
+
+    def gradient(self, dy: Array, y: Array, dx: Array) -> None:
+        """dy where y > 0, else negative_slope · dy."""
+        np.sign(y, out=dx)
+        np.maximum(dx, self.negative_slope, out=dx)
+        np.multiply(dx, dy, out=dx)
+
+    def __repr__(self) -> str:
+        return f"LeakyReLU({self.negative_slope})"
 
 
 class Sigmoid(Activation):

@@ -17,6 +17,10 @@ class Buffer:
     def __init__(self) -> None:
         self._memory = self._lent = np.empty((0, 0), np.float32)
 
+    def __reduce__(self) -> tuple[type[Buffer], tuple[()]]:
+        """A copy or a pickle begins without memory."""
+        return Buffer, ()
+
     def lend(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array of this shape and dtype, with whatever numbers are left in it. The first axis is the batch's."""
         lent = self._lent

@@ -134,6 +134,10 @@ class Linear(Layer):
         for name, array in mine.items():
             array[...] = new[name]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last batch: a copy or a pickle does not carry it."""
+        return self.__dict__ | {"_x": None}
+
     def _check(self, name: str, array: Any, width: int) -> None:
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} is a {type(array).__name__}, and must be an ndarray")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from .. import checks
 from .layer import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -30,9 +32,14 @@ class Optimizer:
     Attributes
     ----------
     lr, weight_decay : float
+    decay_vectors : bool
+        Whether parameters of one axis (biases, BatchNorm's weight and bias) decay too, as they do in torch; True unless
+        set otherwise.
     steps : int
         Taken so far.
     """
+
+    decay_vectors = True
 
     def __init__(self, model: Layer, lr: float, weight_decay: float, states: int) -> None:
         self.model = model
@@ -50,15 +57,20 @@ class Optimizer:
 
     def step(self) -> None:
         """Change every parameter by its gradient of the last `backward`."""
-        if any(gradient is None for _, gradient in self.model.parameters()):
+        pairs = list(self.model.parameters())
+        if any(gradient is None for _, gradient in pairs):
             raise ValueError("step needs gradients: call the model's backward first")
         self.steps += 1
-        for (parameter, gradient), room in zip(self.model.parameters(), self._rooms, strict=True):
+        for (parameter, gradient), room in zip(pairs, self._rooms, strict=True):
             assert gradient is not None
-            if self.weight_decay:
-                np.multiply(parameter, self.weight_decay, out=room[0])
-                np.add(gradient, room[0], out=gradient)
+            if self.weight_decay and (self.decay_vectors or parameter.ndim > 1):
+                self.decay(parameter, gradient, room[0])
             self.update(parameter, gradient, *room)
+
+    def decay(self, parameter: Array, gradient: Array, scratch: Array) -> None:
+        """Add the weight decay to one parameter's gradient; the arguments are `update`'s."""
+        np.multiply(parameter, self.weight_decay, out=scratch)
+        np.add(gradient, scratch, out=gradient)
 
     def update(self, parameter: Array, gradient: Array, scratch: Array, *state: Array) -> None:
         """Change one parameter in place.
@@ -72,6 +84,40 @@ class Optimizer:
             Of the same shape and dtype, 0 before the first step, kept from step to step.
         """
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all that later steps depend on beside the model and the optimizer's own arguments.
+
+        Returns
+        -------
+        state : dict
+            "steps" (int64) and "lr" (float64), of shape (), and under "state.i.j" the j-th array of the i-th parameter,
+            in the order of ``model.parameters()``, of that parameter's shape and dtype. An optimizer of the same
+            arguments that takes it over, on a model that takes over the model's, goes on bit for bit.
+        """
+        return {"steps": np.array(self.steps, np.int64), "lr": np.array(float(self.lr))} | {
+            name: array.copy() for name, array in self._states().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the keys that are missing or not known, or the array that is wrong; the optimizer is then as it was.
+        """
+        mine = self._states()
+        checks.state_keys(state, ["steps", "lr", *mine])
+        steps = int(checks.count("steps", state["steps"]))
+        lr = _number("lr", checks.state("lr", state["lr"], np.empty(())))
+        new = {name: checks.exact_state(name, state[name], array) for name, array in mine.items()}
+        self.steps, self.lr = steps, lr
+        for name, array in mine.items():
+            array[...] = new[name]
+
+    def _states(self) -> dict[str, Array]:
+        return {f"state.{i}.{j}": array for i, room in enumerate(self._rooms) for j, array in enumerate(room[1:])}
 
 
 class SGD(Optimizer):
@@ -199,6 +245,37 @@ class Adam(Optimizer):
         np.divide(mean, scratch, out=scratch)
         np.multiply(scratch, self._rate, out=scratch)
         np.subtract(parameter, scratch, out=parameter)
+
+
+class AdamW(Adam):
+    """`Adam` with decoupled weight decay: p ← p - lr·weight_decay·p, then Adam's step by the gradient alone.
+
+    Parameters
+    ----------
+    model : Layer
+    lr, betas, eps
+        As for `Adam`.
+    weight_decay : float
+
+    References
+    ----------
+    Loshchilov and Hutter (2019), "Decoupled Weight Decay Regularization", Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        lr: float = 0.001,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__(model, lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def decay(self, parameter: Array, gradient: Array, scratch: Array) -> None:
+        """Shrink one parameter."""
+        np.multiply(parameter, 1 - self.lr * self.weight_decay, out=parameter)
 
 
 def _number(name: str, value: Any, *, positive: bool = False, below: float = float("inf")) -> float:

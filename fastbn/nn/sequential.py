@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from .batch_norm import BatchNorm
+from .conv import Conv2d
 from .layer import Layer
 from .linear import Linear
 
@@ -18,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Sequential(Layer):
     """Layers one after the other.
 
-    A `Linear` directly before a `BatchNorm` loses its bias here (see `Linear`).
+    A `Linear` or a `Conv2d` directly before a `BatchNorm` loses its bias here (see `Linear`).
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ class Sequential(Layer):
                 "layers has the same object twice, and each must be one of its own: a layer keeps its input"
             )
         for layer, following in pairwise(self.layers):
-            if isinstance(layer, Linear) and isinstance(following, BatchNorm):
+            if isinstance(layer, (Linear, Conv2d)) and isinstance(following, BatchNorm):
                 layer.drop_bias(following)
 
     def __call__(self, x: Array) -> Array:

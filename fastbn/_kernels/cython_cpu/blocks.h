@@ -182,6 +182,7 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #include "half.h"
 
 #define LARGEST FLT_MAX
+#define SMALLEST FLT_MIN
 #define TINY 1e-30                                /* mean squares under this have lost digits in T */
 #define T float
 #define BITS int32_t
@@ -213,9 +214,11 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #undef ABOVE
 #undef CHOOSE
 #undef LARGEST
+#undef SMALLEST
 #undef TINY
 
 #define LARGEST DBL_MAX
+#define SMALLEST DBL_MIN
 #define TINY 1e-290
 #define T double
 #define BITS int64_t
@@ -236,6 +239,7 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #undef ABOVE
 #undef CHOOSE
 #undef LARGEST
+#undef SMALLEST
 #undef TINY
 
 #endif

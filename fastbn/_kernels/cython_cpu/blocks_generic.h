@@ -160,6 +160,10 @@ static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
 #define SWEEP_STORE SWEEP(FN(store), FN(store16))
 #define SWEEP_STREAM SWEEP(FN(stream), FN(stream16))
 
+/* Four terms are added to each other before they are added to a sum: a quarter of the roundings, and none that goes one way time
+ * after time, as those of squares do (which are 0 or 1 modulo 4), and of equal terms. */
+#define TREE(v) ((v[0] + v[1]) + (v[2] + v[3]))
+
 static inline double FN(sum_of_8)(const double *t)
 {
     return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
@@ -204,10 +208,20 @@ static inline double FN(within)(double scale)
 /* What normalize needs: y = (x − hi)·a + b, a value a channel (or a column). */
 typedef struct { T *hi, *a, *b; } FN(coefs);
 
+/* Is T enough for a channel? Not for float where x − hi may overflow (|hi| ≥ 2¹⁰³, half a unit of the largest number), or where a
+ * coefficient overflows or has lost digits to underflow. Such a channel is wide: it has hi = ∞, and is worked out in float64,
+ * element by element. */
+static inline int FN(wide)(T hi) { return sizeof(T) < sizeof(double) && hi == (T)INFINITY; }
+
+static inline int FN(enough)(double coefficient)
+{
+    return !(fabs(coefficient) > LARGEST) && (coefficient == 0 || !(fabs(coefficient) < SMALLEST));
+}
+
 static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, double weight, double bias, double eps)
 {
-    double a = FN(within)(weight * inverse_std(var, eps));
-    k.hi[c] = (T)mean;
+    double scale = weight * inverse_std(var, eps), a = FN(within)(scale);
+    k.hi[c] = sizeof(T) < sizeof(double) && (fabs(mean) >= 0x1p103 || !FN(enough)(scale)) ? (T)INFINITY : (T)mean;
     k.a[c] = (T)a;
     k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
 }
@@ -218,9 +232,10 @@ typedef struct { FN(coefs) v; T *m, *k; } FN(slopes);
 static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, double eps, double dy, double dy_xmu,
                                  double count)
 {
-    double k = dy_xmu / count / (var + eps);
+    double k = dy_xmu / count / (var + eps), m = dy / count - (mean - (double)g.v.hi[c]) * k;
     g.k[c] = (T)k;
-    g.m[c] = (T)(dy / count - (mean - (double)g.v.hi[c]) * k);
+    g.m[c] = (T)m;
+    if (sizeof(T) < sizeof(double) && (fabs(m) >= 0x1p103 || !FN(enough)(k))) g.v.hi[c] = (T)INFINITY;
 }
 
 /* What a gradient step reads and writes beside dy and x: see kind_t. */
@@ -236,10 +251,11 @@ typedef struct { kind_t kind; T slope; const S *y; S *dz; } FN(gate_t);
 
 /* ---- runs ------------------------------------------------------------------------------------------------- */
 
-/* Moments of a block in two sweeps of float64: right for any data, at half the speed. Run by run, so that no sum is of many terms. */
+/* Moments of a block in two sweeps of float64, the first about its first value: right for any data whose sums are float64 numbers, at
+ * half the speed. Run by run, so that no sum is of many terms. Squares that overflow make m2 infinite. */
 static __attribute__((noinline)) moments_t FN(moments_runs_slow)(const S *x, block_t b)
 {
-    double count = (double)(b.runs * b.len), s[8] = {0}, q[8] = {0}, mean = 0;
+    double count = (double)(b.runs * b.len), s[8] = {0}, q[8] = {0}, mean = (double)FN(load1)(x);
     for (int sweep = 0; sweep < 2; sweep++) {
         memset(s, 0, sizeof s);
         for (idx r = 0; r < b.runs; r++) {
@@ -252,9 +268,10 @@ static __attribute__((noinline)) moments_t FN(moments_runs_slow)(const S *x, blo
             s[r & 7] += FN(sum_of_8)(run_s);
             if (sweep) q[r & 7] += FN(sum_of_8)(run_q);
         }
-        if (!sweep) mean = FN(sum_of_8)(s) / count;
+        if (!sweep) mean += FN(sum_of_8)(s) / count;
     }
-    double shift = FN(sum_of_8)(s), m2 = FN(sum_of_8)(q) - shift * (shift / count);
+    double shift = FN(sum_of_8)(s), m2 = FN(sum_of_8)(q);
+    if (m2 - m2 == 0) m2 -= shift * (shift / count); /* beyond float64 it is infinite, and no ∞ − ∞ */
     moments_t m = {count, mean + shift / count, m2 < 0 ? 0 : m2};
     return m;
 }
@@ -263,11 +280,12 @@ static __attribute__((noinline)) moments_t FN(moments_runs_slow)(const S *x, blo
 static inline moments_t FN(moments_runs)(const S *x, block_t b)
 {
     enum { V = LANE_BYTES / VECTOR_BYTES };
+    const double origin = (double)FN(load1)(x); /* a constant block's pivot is exactly its value */
     double first = 0;
     idx few = 16; /* or fewer, a power of two: the mean of values of few digits then has few digits, and no x − pivot is rounded */
     while (few > b.len) few /= 2;
-    for (idx i = 0; i < few; i++) first += (double)FN(load1)(x + i);
-    T pivot = FN(pivot_of)((T)(first / (double)few));
+    for (idx i = 0; i < few; i++) first += (double)FN(load1)(x + i) - origin;
+    T pivot = FN(pivot_of)((T)(origin + first / (double)few));
 
     VEC s[V] = {{0}}, q[V] = {{0}};
     T tail_s[16] = {0}, tail_q[16] = {0};
@@ -275,6 +293,17 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
     for (idx r = 0; r < b.runs; r++) {
         const S *run = x + r * b.stride;
         idx i = 0;
+        for (; i + 4 * LANES <= b.len; i += 4 * LANES) {
+            for (idx l = 0; next && l < 4 * LANES; l += LINE) __builtin_prefetch(run + next + i + l);
+            UNROLLED for (int v = 0; v < V; v++) {
+                VEC d[4], e[4];
+                UNROLLED for (int j = 0; j < 4; j++)
+                    d[j] = FN(less)(FN(load)(run + i + j * LANES + v * WIDTH), (VEC){0} + pivot);
+                UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];
+                s[v] += TREE(d);
+                q[v] += TREE(e);
+            }
+        }
         for (; i + LANES <= b.len; i += LANES) {
             for (idx l = 0; next && l < LANES; l += LINE) __builtin_prefetch(run + next + i + l);
             UNROLLED for (int v = 0; v < V; v++) {
@@ -389,14 +418,31 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
         s[u] += g;                                                                                                     \
         q[u] += g * d;                                                                                                 \
     }
+#define FETCH(n)                                                                                                       \
+    for (idx l = 0; next && l < (n); l += LINE) {                                                                      \
+        __builtin_prefetch(x + (r + 1) * next + i + l);                                                                \
+        __builtin_prefetch(dy + (r + 1) * next + i + l);                                                               \
+        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);                                   \
+    }
     for (idx r = 0; r < b.runs; r++) {
         idx i = 0;
-        for (; i + LANES <= b.len; i += LANES) {
-            for (idx l = 0; next && l < LANES; l += LINE) {
-                __builtin_prefetch(x + (r + 1) * next + i + l);
-                __builtin_prefetch(dy + (r + 1) * next + i + l);
-                if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);
+        for (; i + 4 * LANES <= b.len; i += 4 * LANES) {
+            FETCH(4 * LANES)
+            UNROLLED for (int u = 0; u < V; u++) {
+                VEC g[4], e[4];
+                UNROLLED for (int j = 0; j < 4; j++) {
+                    idx at = r * b.stride + i + j * LANES + u * WIDTH;
+                    VEC d = FN(less)(FN(load)(x + at), (VEC){0} + hi);
+                    g[j] = DZ(, at, d, sa, sb);
+                    if (gate.kind == GATED && gate.dz) FN(store)(gate.dz + at, g[j]);
+                    e[j] = g[j] * d;
+                }
+                s[u] += TREE(g);
+                q[u] += TREE(e);
             }
+        }
+        for (; i + LANES <= b.len; i += LANES) {
+            FETCH(LANES)
             UNITS(V)
         }
         if (i + UNIT <= b.len) {
@@ -412,6 +458,7 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
         }
     }
 #undef UNITS
+#undef FETCH
     FN(sums) t = {FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16),
                   FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16)};
     double probe = t.dy + t.dy_x;
@@ -614,8 +661,6 @@ INLINE void FN(ask)(const S *row, idx k, tile_t t, idx rows_ahead)
     else
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
 }
-
-#define TREE(v) ((v[0] + v[1]) + (v[2] + v[3]))
 
 /* Columns before the one from which on a vector of x is a cache line, in every row; 0 where rows are short or all lie differently.
  * Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read. */

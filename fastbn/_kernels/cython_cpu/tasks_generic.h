@@ -32,6 +32,46 @@ static inline FN(slopes) FN(slopes_from)(const call_t *k, idx c)
     return g;
 }
 
+/* ---- wide channels: float64, element by element; blocks_generic.h says which ---- */
+
+static inline int FN(is_wide)(const call_t *k, idx c) { return FN(wide)(FN(coefs_from)(k, 0).hi[c]); }
+
+static inline int FN(any_wide)(const call_t *k, idx first, idx channels)
+{
+    const T *hi = FN(coefs_from)(k, first).hi;
+    int any = 0;
+    for (idx c = 0; c < channels; c++) any |= FN(wide)(hi[c]);
+    return any;
+}
+
+/* A channel's coefficients, and z as the forward pass had it: in T, where that was enough for it. */
+typedef struct { double mean, a, b; T hi, ta, tb; } FN(wide_t);
+
+static FN(wide_t) FN(wide_of)(const call_t *k, idx c)
+{
+    FN(wide_t) w = {param_at(k->at_mean, c), 0, param_at(k->bias, c), 0, 0, 0};
+    double var = param_at(k->at_var, c), weight = param_at(k->weight, c);
+    FN(coefs) v = {&w.hi, &w.ta, &w.tb};
+    w.a = weight * inverse_std(var, k->eps);
+    FN(coef_set)(v, 0, w.mean, var, weight, w.b, k->eps);
+    return w;
+}
+
+static inline T FN(wide_z)(const FN(wide_t) *w, T x)
+{
+    return FN(wide)(w->hi) ? (T)(((double)x - w->mean) * w->a + w->b) : (x - w->hi) * w->ta + w->tb;
+}
+
+static __attribute__((noinline)) void FN(apply_wide)(const call_t *k, idx c, idx at, idx len)
+{
+    const FN(wide_t) w = FN(wide_of)(k, c);
+    for (idx i = at; i < at + len; i++) {
+        T z = FN(wide_z)(&w, FN(load1)((const S *)k->x + i));
+        if (k->added) z += FN(load1)((const S *)k->added + i);
+        FN(store1)((S *)k->out + i, FN(gate1)(kind_of(k), z, z, (T)k->slope));
+    }
+}
+
 /* ---- forward ---- */
 
 /* A chunk of rows: block after block. */
@@ -145,6 +185,10 @@ INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at)
 
 static inline void FN(apply_plane)(const call_t *k, idx channel, idx at, idx len)
 {
+    if (FN(is_wide)(k, channel)) {
+        FN(apply_wide)(k, channel, at, len);
+        return;
+    }
     FN(ask_for_ragged_end)(k, at);
     FN(apply_run)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, len, FN(coefs_from)(k, 0),
                   channel, (T)k->slope, k->streaming, k->ahead);
@@ -198,7 +242,7 @@ static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx
 /* Rows [row, row + rows) of a tile of columns. */
 static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
-    if (t.inner >= SMALL_PLANE_TO_APPLY) {
+    if (t.inner >= SMALL_PLANE_TO_APPLY || FN(any_wide)(k, first, t.channels)) {
         for (idx r = row; r < row + rows; r++)
             for (idx c = first; c < first + t.channels; c++) FN(apply_plane)(k, c, r * t.ld + c * t.inner, t.inner);
         return;
@@ -264,17 +308,65 @@ static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
 
 static inline const S *FN(dy_again)(const call_t *k, idx at) { return (const S *)(FN(dz_first)(k) ? k->dz : k->dy) + at; }
 
+/* Of a wide channel: dz of element i, from dy as far as the activation passed it, or as the first step wrote it. */
+static inline T FN(wide_dz)(const call_t *k, const FN(wide_t) *w, idx i, int written)
+{
+    if (written) return FN(load1)((const S *)k->dz + i);
+    T z = k->y ? FN(load1)((const S *)k->y + i) : FN(wide_z)(w, FN(load1)((const S *)k->x + i));
+    return FN(gate1)(kind_of(k), FN(load1)((const S *)k->dy + i), z, (T)k->slope);
+}
+
+/* Its sums over a block, about the mean. `written`: dz is there. */
+static __attribute__((noinline)) FN(sums) FN(gradient_wide)(const call_t *k, idx c, block_t b, int written)
+{
+    const FN(wide_t) w = FN(wide_of)(k, c);
+    FN(sums) t = {0, 0};
+    for (idx r = 0; r < b.runs; r++)
+        for (idx i = b.offset + r * b.stride; i < b.offset + r * b.stride + b.len; i++) {
+            T dz = FN(wide_dz)(k, &w, i, written);
+            if (FN(dz_first)(k) && !written) FN(store1)((S *)k->dz + i, dz);
+            t.dy += (double)dz;
+            t.dy_x += (double)dz * ((double)FN(load1)((const S *)k->x + i) - w.mean);
+        }
+    return t;
+}
+
+static __attribute__((noinline)) void FN(slope_wide)(const call_t *k, idx c, idx at, idx len)
+{
+    const FN(wide_t) w = FN(wide_of)(k, c);
+    const int written = FN(dz_first)(k);
+    double count = (double)(k->outer * k->inner), m = 0, slope = 0;
+    if (k->batch) {
+        m = k->mean[c] / count;
+        slope = k->second[c] / count / (param_at(k->at_var, c) + k->eps);
+    }
+    for (idx i = at; i < at + len; i++) {
+        double d = k->batch ? (double)FN(load1)((const S *)k->x + i) - w.mean : 0;
+        T dz = FN(wide_dz)(k, &w, i, written);
+        if (k->dz && !written) FN(store1)((S *)k->dz + i, dz);
+        FN(store1)((S *)k->out + i, (T)((((double)dz - m) - d * slope) * w.a));
+    }
+}
+
 static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, double *sum_dy, double *sum_dy_x)
 {
     double block_dy[MAX_COLUMNS], block_dy_x[MAX_COLUMNS];
     T room[3][APART];
     kind_t kind = kind_of(k);
     FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, kind == RELU || kind == LEAKY);
+    const int any = FN(any_wide)(k, first, t.channels);
     idx begin = chunk * k->chunk, end = least(begin + k->chunk, k->outer), block = rows_a_block(t);
     for (idx row = begin; row < end; row += block) {
         idx at = row * t.ld + first * t.inner;
         FN(gradient_columns)(FN(gate_at)(k, at), (const S *)k->dy + at, (const S *)k->x + at,
                              least(block, end - row), t, v, block_dy, block_dy_x);
+        for (idx c = 0; any && c < t.channels; c++)
+            if (FN(is_wide)(k, first + c)) {
+                block_t b = {at + c * t.inner, least(block, end - row), t.ld, t.inner};
+                FN(sums) again = FN(gradient_wide)(k, first + c, b, FN(dz_first)(k));
+                block_dy[c] = again.dy;
+                block_dy_x[c] = again.dy_x;
+            }
         for (idx c = 0; c < t.channels; c++) {
             sum_dy[c] = row == begin ? block_dy[c] : sum_dy[c] + block_dy[c];
             sum_dy_x[c] = row == begin ? block_dy_x[c] : sum_dy_x[c] + block_dy_x[c];
@@ -285,6 +377,7 @@ static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, 
 static inline FN(sums) FN(gradient_block)(const call_t *k, idx channel, idx block)
 {
     block_t b = block_at(&k->runs, channel, block);
+    if (FN(is_wide)(k, channel)) return FN(gradient_wide)(k, channel, b, 0);
     return FN(gradient_runs)(FN(gate_at)(k, b.offset), (const S *)k->dy + b.offset, (const S *)k->x + b.offset, b,
                              FN(coefs_from)(k, 0), channel);
 }
@@ -309,7 +402,7 @@ static inline void FN(gradient_done)(const call_t *k, idx first, idx channels)
 {
     for (idx c = first; c < first + channels; c++) {
         double mean = param_at(k->at_mean, c);
-        k->second[c] -= (mean - (double)(T)mean) * k->mean[c];
+        if (!FN(is_wide)(k, c)) k->second[c] -= (mean - (double)(T)mean) * k->mean[c];
         result_set(k->grad_weight, c, k->second[c] * inverse_std(param_at(k->at_var, c), k->eps));
         result_set(k->grad_bias, c, k->mean[c]);
     }
@@ -371,6 +464,10 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 
 static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
 {
+    if (FN(is_wide)(k, channel)) {
+        FN(slope_wide)(k, channel, at, len);
+        return;
+    }
     FN(ask_for_ragged_end)(k, at);
     FN(slope_run)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
                   (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->ahead);
@@ -399,7 +496,7 @@ static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx 
 
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
-    if (t.inner >= SMALL_PLANE_TO_APPLY) {
+    if (t.inner >= SMALL_PLANE_TO_APPLY || FN(any_wide)(k, first, t.channels)) {
         for (idx r = row; r < row + rows; r++)
             for (idx c = first; c < first + t.channels; c++) FN(slope_plane)(k, c, r * t.ld + c * t.inner, t.inner);
         return;
