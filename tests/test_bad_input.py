@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
+from fastbn import convert
 
 X = sample((4, 3, 5), np.float32)
 F3, D3 = np.ones(3, np.float32), np.ones(3)
@@ -431,3 +432,49 @@ def test_running_statistics_inside_out_are_refused(kernels):
         with pytest.raises(ValueError, match="out overlaps running_mean in memory, and must not"):
             function(x, out[0], np.ones(2, np.float32), out=out)
     assert (out == 1).all()
+
+
+# ---- anything at all, for the layers' kin and the conversions ----
+
+MASK = np.ones((4, 5), bool)
+
+
+def made(kind, *, call=(), back=(), **options):
+    """A layer made with these options, called on these, and gone back over with these."""
+    layer = kind(**options)
+    layer(*call)
+    layer.backward(*back)
+
+
+KIN = {
+    "masked": (fastbn.masked_batch_norm_forward, {"x": X, "mask": MASK, "weight": F3, "bias": None, "eps": 1e-5, "axis": 1, "activation": None, "out": None}),
+    "masked backward": (fastbn.masked_batch_norm_backward, {"dy": X, "saved": fastbn.masked_batch_norm_forward(X, MASK * 0.5, F3)[1], "out": None}),
+    "double backward": (fastbn.batch_norm_double_backward, {"ddx": X, "ddweight": F3, "ddbias": F3, "dy": X, "saved": fastbn.batch_norm_forward(X, F3, F3)[1]}),
+    "fold": (fastbn.fold, {"weight": np.ones((3, 2)), "bias": D3, "bn": fastbn.BatchNorm(3), "axis": 0}),
+    "Moments": (lambda **parts: fastbn.Moments(**parts).var(), {"count": 3, "mean": D3, "m2": D3}),
+    "Moments.none": (fastbn.Moments.none, {"channels": 3}),
+    "Moments.update": (lambda **chunk: fastbn.Moments.none(3).update(**chunk), {"x": X, "axis": 1, "num_threads": None}),
+    "ghost": (lambda x, dy, **options: made(fastbn.GhostBatchNorm, call=(x,), back=(dy,), **options), {"num_features": 3, "virtual_batch_size": 2, "nan_policy": "raise", "x": X, "dy": X}),
+    "in place": (lambda x, dy, **options: made(fastbn.InplaceBatchNorm, call=(x.copy() if isinstance(x, np.ndarray) else x,), back=(dy,), **options), {"num_features": 3, "activation": "leaky_relu", "negative_slope": 0.1, "x": X, "dy": X}),
+    "masked layer": (lambda x, mask, dy, **options: made(fastbn.MaskedBatchNorm, call=(x, mask), back=(dy,), **options), {"num_features": 3, "trainable": True, "x": X, "mask": MASK, "dy": X}),
+    "from_torch": (convert.from_torch, {"state": fastbn.BatchNorm(3).state_dict(), "prefix": "", "eps": 1e-5, "momentum": 0.1, "axis": 1, "dtype": None}),
+    "from_keras": (convert.from_keras, {"weights": [D3] * 4, "momentum": 0.9, "epsilon": 1e-3, "axis": -1, "center": True, "scale": True}),
+    "from_onnx": (convert.from_onnx, {"scale": D3, "B": D3, "input_mean": D3, "input_var": D3, "momentum": 0.9, "epsilon": 1e-3}),
+    "from_flax": (convert.from_flax, {"variables": {"batch_stats": {"mean": D3, "var": D3}}, "momentum": 0.9, "epsilon": 1e-3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", KIN)
+@given(data=st.data())
+def test_kin_only_type_and_value_errors(call, data):
+    """As for the operations: any argument is taken, or refused by TypeError or ValueError."""
+    function, good = KIN[call]
+    bad = data.draw(st.dictionaries(st.sampled_from(sorted(good)), ANYTHING, min_size=1, max_size=2))
+    for name in ("num_features", "channels"):
+        if isinstance(bad.get(name), int):  # many are allowed, and slow
+            bad[name] = min(bad[name], 1000)
+    try:
+        with np.errstate(all="ignore"):
+            function(**good | bad)
+    except (TypeError, ValueError) as error:
+        assert not isinstance(error, UnicodeError)

@@ -213,6 +213,25 @@ def test_numba_on_its_workqueue_layer():
     run_python(code, FASTBN_BACKEND="numba", NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2")
 
 
+@needs_fork
+def test_a_fork_while_numba_compiles():
+    """The child compiles, too: it has not inherited a lock that nobody will open."""
+    load_kernels("numba")
+    code = """
+from numba.core.compiler_lock import global_compiler_lock
+backends.kernels()
+x = batch(0, 8, 5)[0]
+thread = threading.Thread(target=lambda: fastbn.batch_norm_forward(x))
+thread.start()
+while global_compiler_lock._lock.acquire(blocking=False):
+    global_compiler_lock._lock.release()
+    time.sleep(1e-4)
+assert in_child(lambda: np.isfinite(fastbn.batch_norm_forward(x.astype(np.float64))[0]).all())
+thread.join()
+"""
+    run_python(PRELUDE + code, FASTBN_BACKEND="numba")
+
+
 SPAWNED = """
 from pathlib import Path
 Path("spawned_job.py").write_text('''

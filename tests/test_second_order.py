@@ -286,3 +286,12 @@ def test_bad_arguments(arguments, error, words):
     given = {"ddx": V, "ddweight": DW, "ddbias": DB, "dy": DY, "saved": saved} | arguments
     with pytest.raises(error, match=re.escape(words)):
         batch_norm_double_backward(**given)
+
+
+def test_a_z_of_exactly_0_is_cut():
+    """As in the forward pass: the slope applies where z ≤ 0, also where a constant channel's z is bias, and that is 0."""
+    x, dy, ddx = np.ones((5, 1)), np.arange(5.0)[:, np.newaxis] + 1, np.ones((5, 1))
+    zero = np.zeros(1)
+    _, saved = fastbn.batch_norm_eval_forward(x, zero + 1, zero + 1, zero + 2, zero, activation="relu")
+    for result in fastbn.batch_norm_double_backward(ddx, zero + 1, zero + 1, dy, saved):
+        assert not np.any(result)
