@@ -827,10 +827,10 @@ def some_counted(layers: Any) -> None:
 
 def exact_state(name: str, value: Any, mine: Array) -> Array:
     """`state` of the same dtype: what continues bit for bit."""
-    array = state(name, value, mine)
+    array = _as_ndarray(name, value)
     if array.dtype != mine.dtype:
         raise TypeError(f"{name} has dtype {array.dtype} in state, and must have dtype {mine.dtype}")
-    return array
+    return state(name, array, mine)
 
 
 def number_in(

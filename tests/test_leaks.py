@@ -30,6 +30,8 @@ gaps, small = np.repeat(x, 2, axis=2)[..., ::2], x[:1, :, :1]
 weight, bias, mean, var = rng.uniform(1, 2, (4, 5)).astype(np.float32)
 out, other = np.empty_like(x), np.empty_like(x)
 layer = fastbn.BatchNorm(5, activation="relu")
+others = [(fastbn.MaskedBatchNorm(5), (x[:, 0] > 0,)), (fastbn.GhostBatchNorm(5, virtual_batch_size=3), ())]
+still = fastbn.InplaceBatchNorm(5)
 
 def refused(call, *arguments, **settings):
     with contextlib.suppress(TypeError, ValueError):
@@ -61,6 +63,13 @@ def running():
     fastbn.batch_norm(x, mean, var, weight, bias, training=True)
     fastbn.moments(gaps)
 
+def other_layers():
+    for bn, arguments in others:
+        bn(x, *arguments)
+        bn.backward(dy)
+    still(x.copy())
+    still.backward(dy)
+
 def wrong():
     refused(fastbn.batch_norm, x, mean, var, weight[1:], bias, training=True)
     refused(fastbn.batch_norm, x, mean, var, out=x[1:])
@@ -70,7 +79,7 @@ def wrong():
     refused(fastbn.batch_norm_backward, dy[1:], saved)
     refused(layer, x.astype(int))
 
-FORMS = [plain, relu, added, of_a_layer, fixed, running, wrong]
+FORMS = [plain, relu, added, of_a_layer, fixed, running, other_layers, wrong]
 """
 
 MEASURES = """

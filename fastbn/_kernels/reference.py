@@ -187,5 +187,6 @@ def update_running_stats(
 
     `correction`: n/(n - 1) for the unbiased variance, 1 for the population's.
     """
-    running_mean[...] = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
-    running_var[...] = (1 - momentum) * running_var.astype(np.float64) + momentum * (var * correction)
+    new_mean = (1 - momentum) * running_mean.astype(np.float64) + momentum * mean
+    new_var = (1 - momentum) * running_var.astype(np.float64) + momentum * (var * correction)
+    running_mean[...], running_var[...] = new_mean, new_var  # both or neither, should Ctrl-C come
