@@ -69,6 +69,13 @@ ir: Any = import_module("llvmlite.ir")
 binding: Any = import_module("llvmlite.binding")
 types = numba.types
 
+# A fork waits until no thread compiles: the child would inherit a lock that nobody opens.
+if hasattr(os, "register_at_fork"):
+    _compiling = import_module("numba.core.compiler_lock").global_compiler_lock
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Pointer = Any  # to elements in memory; unlike an array it is not counted, and an index cannot be negative
 Data = Any  # an array that may be absent: None then, which is a type of its own to the JIT
