@@ -61,6 +61,7 @@ def _as_ndarray(name: str, x: Any) -> Array:
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.filled(...)")
     if isinstance(x, np.matrix):
         raise TypeError(f"{name} is a numpy.matrix, and must be an ndarray; pass numpy.asarray({name})")
+    not_on_gpu(name, x)
     try:
         array = np.asarray(x)
         if array.dtype == object and array.ndim == 0 and hasattr(x, "__dlpack__"):
@@ -126,12 +127,21 @@ def running(running_mean: Any, running_var: Any, channels: int, *, update: bool)
 
 
 def not_a_parameter(running_mean: Any, running_var: Any, weight: Any, bias: Any) -> None:
-    """An update in place of what is weight or bias itself would change that."""
+    """An update in place of what is weight or bias itself, or part of it, would change that."""
     if running_mean is None:
         return
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p is running_mean or p is running_var):
-            raise ValueError(f"{name} is running_mean or running_var itself, and must be an array of its own")
+        if p is not None and (_one_memory(p, running_mean) or _one_memory(p, running_var)):
+            raise ValueError(f"{name} shares memory with running_mean or running_var, and must be an array of its own")
+
+
+def _one_memory(a: Any, b: Any) -> bool:
+    """Of two arrays that each have their own memory, only the objects need be compared."""
+    if a is b:
+        return True
+    if type(a) is not np.ndarray or type(b) is not np.ndarray or (a.base is None and b.base is None):
+        return False
+    return _shares(a, b)
 
 
 def eps(value: Any) -> float:
@@ -301,13 +311,15 @@ def _is_exactly(a: Array, b: Array) -> bool:
     return bool(same_place and a.shape == b.shape and steps[0] == steps[1])
 
 
-def saved(value: Any, kind: type) -> None:
-    """What a forward pass returned for its backward pass."""
+def saved(value: Any, kind: type, *, gpu: bool = False) -> None:
+    """What a forward pass returned for its backward pass; on a GPU, if that is served."""
     if not isinstance(value, kind):
         raise TypeError(
             f"saved is a {type(value).__name__}, and must be what batch_norm_forward or batch_norm_eval_forward "
             "returned beside y; batch_norm keeps nothing for a backward pass"
         )
+    if not gpu and type(value) is not kind:
+        raise TypeError("saved is of a forward pass on a GPU, and must be of one on the CPU")
 
 
 def no_residual(out_residual: Any) -> None:
@@ -370,9 +382,10 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} is {value!r}, and must be an integer") from None
 
 
-def features(x: Any, axis: int, num_features: int) -> Array:
-    """x as an array, which must have the layer's number of channels."""
-    x = data("x", x)
+def features(x: Any, axis: int, num_features: int, *, gpu: bool = False) -> Array:
+    """x as an array, which must have the layer's number of channels; left as it is on a GPU, if that is served."""
+    if type(x) is np.ndarray or not (gpu and on_gpu(x)):
+        x = data("x", x)
     shape = x.shape
     ndim = len(shape)
     if -ndim <= axis < ndim and shape[axis] != num_features:
@@ -552,6 +565,7 @@ def statistics(bn: Any) -> None:
     """A layer must have running statistics."""
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("bn has no running statistics (track_running_stats is False), and must have them")
+    not_on_gpu("bn.running_mean", bn.running_mean)
 
 
 def held(target: str, bn: Any, axis: int | None) -> None:
@@ -1084,3 +1098,168 @@ def sample_weight(value: Any, rows: int) -> tuple[Array, float]:
             f"sample_weight goes from {array.min()} to {array.max()}, and must be of at least 0, finite and not all 0"
         )
     return array, total
+
+
+# ---- diagnostics ----
+
+
+def loss(value: Any) -> None:
+    """Called with a network's output and the targets; `backward` gives the gradient."""
+    if not callable(value) or not callable(getattr(value, "backward", None)) or isinstance(value, type):
+        raise TypeError(f"loss is {value!r}, and must be a loss, as nn.MSELoss() is: callable, with a backward()")
+
+
+def some_parameters(model: Any) -> None:
+    """A network whose gradient can be looked at."""
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"model is {model!r}, and must have parameters to take gradients of")
+
+
+def optimizer_of(value: Any, model: Any) -> None:
+    """An optimizer of this very network."""
+    if value.model is not model:
+        raise ValueError(f"optimizer is a {type(value).__name__} of another model, and must be one of this model")
+
+
+def step_size(name: str, value: Any) -> float:
+    """What an optimizer may be given as: a learning rate."""
+    try:
+        return number_in(name, value, 0, above=True)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, and must be an nn.Optimizer or a learning rate") from None
+
+
+def step_sizes(value: Any) -> Array:
+    """A sequence of positive numbers, as float64."""
+    array = _as_ndarray("steps", value)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "fiu":
+        raise ValueError(f"steps is {value!r}, and must be a sequence of step sizes, at least one")
+    for number in array.tolist():
+        number_in("steps", number, 0, above=True)
+    return array.astype(F64)
+
+
+def percentiles(value: Any) -> Array:
+    """A sequence of numbers from 0 to 100, as float64."""
+    array = _as_ndarray("percentiles", value)
+    if array.ndim != 1 or array.dtype.kind not in "fiu":
+        raise ValueError(f"percentiles is {value!r}, and must be a sequence of numbers from 0 to 100")
+    for number in array.tolist():
+        number_in("percentiles", number, 0, 100)
+    return array.astype(F64)
+
+
+# ---- recurrent layers ----
+
+
+def steps_to_normalize(value: Any, norm: Any) -> int | None:
+    """How many time steps have statistics: needed by the norms that have them step by step, and by no other."""
+    if norm not in ("sum", "recurrent"):
+        if value is not None:
+            raise ValueError(f"steps is {value!r}, and must be None with norm={norm!r}, which has no step's statistics")
+        return None
+    if value is None:
+        raise ValueError(f"steps is None, and must be the length of the longest training sequence with norm={norm!r}")
+    return positive("steps", value)
+
+
+def trainable_steps(shape: tuple[int, ...], steps: int, most: int) -> None:
+    """Beyond the last step that has statistics there is nothing to train."""
+    if steps > most:
+        raise ValueError(f"x has shape {shape}, {steps} steps, and in training must have at most {most} (steps)")
+
+
+def sequence(name: str, array: Array, width: int | None, batch_first: bool) -> None:
+    """Sequences of at least one step, so many features wide (any, if None)."""
+    if array.ndim != 3 or (width is not None and array.shape[2] != width):
+        first = "batch, steps" if batch_first else "steps, batch"
+        last = "features" if width is None else width
+        raise ValueError(
+            f"{name} has shape {array.shape}, and must have shape ({first}, {last}) with batch_first={batch_first}"
+        )
+    if not array.shape[1 if batch_first else 0]:
+        raise ValueError(f"{name} has shape {array.shape}, without a step, and must have at least one step")
+
+
+def initial_state(name: str, array: Array, shape: tuple[int, int]) -> None:
+    """A row for each sequence of the batch."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape {shape}: batch, hidden_size")
+
+
+def counts(name: str, value: Any, mine: Array) -> Array:
+    """Numbers of batches, one a step: no step had more than the one before it."""
+    array = _as_ndarray(name, value)
+    good = array.shape == mine.shape and array.dtype.kind in "fiu"
+    if not good or not ((array >= 0) & (array == np.trunc(array)) & (array < 2**63)).all() or (np.diff(array) > 0).any():
+        raise ValueError(f"{name} is {array} in state, and must be {mine.size} integers of at least 0 that never rise")
+    return array
+
+
+# ---- arrays on a GPU ----
+
+
+def on_gpu(x: Any) -> bool:
+    """Whether an array lies on a GPU and says where."""
+    return hasattr(x, "__cuda_array_interface__")
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}"
+
+
+def not_on_gpu(name: str, x: Any) -> None:
+    """Raises for an array on a GPU where only arrays on the CPU are served."""
+    if on_gpu(x):
+        raise TypeError(
+            f"{name} is a {_kind(x)} on a GPU, and must be an array on the CPU: what serves arrays on a GPU is "
+            "batch_norm, batch_norm_forward, batch_norm_eval_forward, batch_norm_backward, moments and BatchNorm"
+        )
+
+
+def one_side(name: str, x: Any, others: Mapping[str, Any]) -> None:
+    """All arrays are on a GPU, or all on the CPU."""
+    side, sides = on_gpu(x), ("the CPU", "a GPU")
+    for other, array in others.items():
+        if array is not None and on_gpu(array) != side:
+            raise TypeError(
+                f"{other} is a {_kind(array)} on {sides[not side]} and {name} a {_kind(x)} on {sides[side]}, and both "
+                "must be on the same side"
+            )
+
+
+def same_device(name: str, number: int | None, mine: int | None) -> None:
+    """Two arrays are not known to be on different GPUs."""
+    if number is not None and mine is not None and number != mine:
+        raise ValueError(f"{name} is on GPU {number}, and must be on x's, GPU {mine}")
+
+
+def device_dtype(name: str, typestr: Any) -> np.dtype[Any]:
+    """float16, float32 or float64."""
+    dtype: np.dtype[Any] = np.dtype(typestr)
+    if dtype not in (F16, F32, F64):
+        raise TypeError(f"{name} has dtype {dtype}, and must be float16, float32 or float64 on a GPU")
+    return dtype
+
+
+def no_mask(name: str, mask: Any) -> None:
+    """The interface's own idea of a masked array."""
+    if mask is not None:
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored, and must have none")
+
+
+def whole_strides(name: str, strides: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Elements lie at multiples of their size from each other."""
+    if any(step % dtype.itemsize for step in strides):
+        raise ValueError(f"{name} has strides {strides}, and must have multiples of its itemsize {dtype.itemsize}")
+
+
+def vector(name: str, p: Array, channels: int) -> None:
+    """A value a channel, float32 or float64."""
+    _vector(name, p, channels)
+
+
+def like_on_gpu(like: Any) -> None:
+    """None, or an array on a GPU."""
+    if like is not None and not on_gpu(like):
+        raise TypeError(f"like is a {_kind(like)}, and must be None or an array on a GPU")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -13,6 +13,25 @@ from .functional import Saved, batch_norm, batch_norm_backward, batch_norm_eval_
 Array = np.ndarray[Any, np.dtype[Any]]
 
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _host(value: Any) -> Array:
+    """A copy in NumPy."""
+    if not checks.on_gpu(value):
+        return np.array(value)
+    from .gpu import to_host
+
+    return to_host(value)
+
+
+def _assign(array: Any, value: Array) -> None:
+    """array[...] = value, wherever the array is."""
+    if not checks.on_gpu(array):
+        array[...] = value
+        return
+    from .gpu import from_host
+
+    from_host(value, array)
 
 
 class BatchNorm:
@@ -98,7 +117,7 @@ class BatchNorm:
         checks.flag("track_running_stats", track_running_stats)
         self.unbiased = checks.flag("unbiased", unbiased)
         self.nan_policy = checks.nan_policy(nan_policy)
-        self.trainable = checks.trainable(trainable, track_running_stats)
+        self._trainable = checks.trainable(trainable, track_running_stats)
         self.training = True
         channels = self.num_features
         self.weight = np.ones(channels, self.dtype) if has_weight else None
@@ -123,6 +142,15 @@ class BatchNorm:
         """Whether there are running statistics."""
         return self.running_mean is not None
 
+    @property
+    def trainable(self) -> bool:
+        """Whether training mode normalizes by the batch's statistics and updates the running ones: see `freeze`."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = checks.trainable(value, self.running_mean is not None)
+
     def __call__(self, x: Any, residual: Any = None, *, out: Array | None = None) -> Array:
         """y, of x's shape, dtype and memory order.
 
@@ -142,7 +170,7 @@ class BatchNorm:
         TypeError, ValueError
             Naming the argument; the layer is then as it was.
         """
-        x = checks.features(x, self.axis, self.num_features)
+        x = checks.features(x, self.axis, self.num_features, gpu=True)
         if not self.training:
             y = batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias,
@@ -217,7 +245,7 @@ class BatchNorm:
         ValueError
             Where there are none.
         """
-        self.trainable = checks.trainable(False, self.running_mean is not None)
+        self.trainable = False
         return self
 
     def unfreeze(self) -> Self:
@@ -232,13 +260,16 @@ class BatchNorm:
         ("precise" batch normalization: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3).
         """
         if self.running_mean is not None and self.running_var is not None:
-            self.running_mean[...] = 0
-            self.running_var[...] = 1
+            _assign(self.running_mean, np.zeros(self.num_features, self.dtype))
+            _assign(self.running_var, np.ones(self.num_features, self.dtype))
             self.num_batches_tracked = 0
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and statistics under torch's names; those that the layer does not have are absent."""
-        return {name: np.array(getattr(self, name)) for name in STATE if getattr(self, name) is not None}
+        """Copies of parameters and statistics under torch's names; those that the layer does not have are absent.
+
+        NumPy's arrays, also of a layer on a GPU.
+        """
+        return {name: _host(getattr(self, name)) for name in STATE if getattr(self, name) is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take parameters and statistics from a `state_dict` (ours, or torch's as NumPy arrays).
@@ -255,7 +286,42 @@ class BatchNorm:
             if name == "num_batches_tracked":
                 self.num_batches_tracked = int(value)
             else:
-                getattr(self, name)[...] = value
+                _assign(getattr(self, name), value)
+
+    def cuda(self, like: Any = None) -> Self:
+        """Move parameters and running statistics to a GPU, for input that is there.
+
+        Parameters
+        ----------
+        like : array on a GPU, optional
+            They become arrays of its library (CuPy, torch) and on its device; without it, Numba's, on the current one.
+
+        Returns
+        -------
+        BatchNorm
+            Itself.
+
+        Raises
+        ------
+        ImportError
+            Where numba-cuda is not installed: ``pip install 'fastbn[cuda]'``.
+        TypeError
+            Where `like` is no array on a GPU.
+        """
+        from .gpu import moved
+
+        checks.like_on_gpu(like)
+        return self._moved(lambda value: moved(_host(value), like))
+
+    def cpu(self) -> Self:
+        """Move parameters and running statistics to NumPy's arrays: undo `cuda`."""
+        return self._moved(_host)
+
+    def _moved(self, move: Callable[[Any], Any]) -> Self:
+        names = [*STATE[:4], "grad_weight", "grad_bias"]
+        new = {name: None if getattr(self, name) is None else move(getattr(self, name)) for name in names}
+        self.__dict__.update(new, _saved=None, grad_residual=None)
+        return self
 
     def scale_shift(self) -> tuple[Array, Array]:
         """What eval mode does, as ``x * scale + shift``: see `fastbn.folding.scale_shift`."""

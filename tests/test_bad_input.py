@@ -237,9 +237,16 @@ def test_a_statistic_is_a_parameter(name, statistic):
     raises(
         lambda: fastbn.batch_norm(X, training=True, **arguments),
         ValueError,
-        f"{name} is running_mean or running_var itself",
+        f"{name} shares memory with running_mean or running_var",
     )
     assert (p == 1).all()
+    memory = np.ones(2 * len(D3))  # or part of it
+    for part in (memory[: len(D3)], memory[len(D3) - 1 : -1]):
+        arguments |= {name: part, statistic: memory[len(D3) - 2 : -2]}
+        raises(lambda: fastbn.batch_norm(X, training=True, **arguments), ValueError, f"{name} shares memory")
+    arguments |= {name: memory[: len(D3)], statistic: memory[len(D3) :]}
+    fastbn.batch_norm(X, training=True, **arguments)
+    assert (memory[: len(D3)] == 1).all() and (memory[len(D3) :] != 1).all()
 
 
 def test_out_is_x_in_another_order():

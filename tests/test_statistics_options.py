@@ -119,6 +119,9 @@ def test_frozen(kernels):
     same_bits(layer.eval()(x), y)
     layer.train()
     assert layer.unfreeze() is layer and layer.trainable
+    with pytest.raises(TypeError, match="trainable is 'no', and must be True or False"):
+        layer.trainable = "no"
+    assert layer.trainable
     layer(x)
     assert state_bits(layer) != before
 

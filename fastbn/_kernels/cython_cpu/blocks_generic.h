@@ -10,10 +10,12 @@
 #define LANES ((idx)(LANE_BYTES / sizeof(T)))
 #define LINE ((idx)(64 / sizeof(S)))              /* elements of a cache line */
 
-typedef T VEC __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-typedef T NARROW __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
-typedef BITS MASK __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
-typedef BITS MASK16 __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+/* aligned(1): data may begin at any byte, as a view into a file's bytes does. */
+typedef S FN(element) __attribute__((aligned(1), may_alias));
+typedef T VEC __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+typedef T NARROW __attribute__((vector_size(16), aligned(1), may_alias));
+typedef BITS MASK __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+typedef BITS MASK16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* T from and to memory: coefficients and sums. */
 INLINE T FN(get1)(const T *p) { return *p; }
@@ -25,17 +27,17 @@ INLINE void FN(put)(T *p, VEC v) { *(VEC *)p = v; }
 
 /* S from and to memory: data. */
 #ifdef HALF
-INLINE T FN(load1)(const S *p) { return HALF(load1)(p); }
+INLINE T FN(load1)(const S *p) { return HALF(from1)(*(const FN(element) *)p); }
 INLINE NARROW FN(load16)(const S *p) { return (NARROW)HALF(load16)(p); }
 INLINE VEC FN(load)(const S *p) { return (VEC)HALF(load)(p); }
-INLINE void FN(store1)(S *p, T v) { *p = HALF(round1)(v); }
+INLINE void FN(store1)(S *p, T v) { *(FN(element) *)p = HALF(round1)(v); }
 INLINE void FN(store16)(S *p, NARROW v) { *(halves16 *)p = HALF(round16)((floats16)v); }
 INLINE void FN(store)(S *p, VEC v) { *(halves *)p = HALF(round)((floats)v); }
 #else
-INLINE T FN(load1)(const S *p) { return *p; }
+INLINE T FN(load1)(const S *p) { return *(const FN(element) *)p; }
 INLINE NARROW FN(load16)(const S *p) { return *(const NARROW *)p; }
 INLINE VEC FN(load)(const S *p) { return *(const VEC *)p; }
-INLINE void FN(store1)(S *p, T v) { *p = v; }
+INLINE void FN(store1)(S *p, T v) { *(FN(element) *)p = v; }
 INLINE void FN(store16)(S *p, NARROW v) { *(NARROW *)p = v; }
 INLINE void FN(store)(S *p, VEC v) { *(VEC *)p = v; }
 #endif

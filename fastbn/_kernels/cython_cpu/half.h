@@ -9,9 +9,9 @@
 #define FASTBN_HALF_H
 
 #define DEFINE_VECTORS(W, BYTES)                                                                                       \
-    typedef float floats##W __attribute__((vector_size(BYTES), aligned(4), may_alias));                                \
-    typedef uint32_t words##W __attribute__((vector_size(BYTES), aligned(4), may_alias));                              \
-    typedef uint16_t halves##W __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+    typedef float floats##W __attribute__((vector_size(BYTES), aligned(1), may_alias));                                \
+    typedef uint32_t words##W __attribute__((vector_size(BYTES), aligned(1), may_alias));                              \
+    typedef uint16_t halves##W __attribute__((vector_size(BYTES / 2), aligned(1), may_alias));
 
 DEFINE_VECTORS(16, 16)
 #if VECTOR_BYTES > 16
@@ -112,16 +112,16 @@ DEFINE_HALF_BY_INTEGERS()
 
 /* One element, without a detour through memory. */
 #if VECTOR_BYTES > 16
-INLINE float half_load1(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
+INLINE float half_from1(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 INLINE uint16_t half_round1(float v)
 {
     return (uint16_t)_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(v), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-INLINE float half_load1(const uint16_t *p) { return half_from16((words16){*p})[0]; }
+INLINE float half_from1(uint16_t h) { return half_from16((words16){h})[0]; }
 INLINE uint16_t half_round1(float v) { return (uint16_t)half_bits16((floats16){v})[0]; }
 #endif
-INLINE float brain_load1(const uint16_t *p) { return ((floats16)((words16){*p} << 16))[0]; }
+INLINE float brain_from1(uint16_t h) { return ((floats16)((words16){h} << 16))[0]; }
 INLINE uint16_t brain_round1(float v) { return (uint16_t)brain_bits16((floats16){v})[0]; }
 
 #endif
