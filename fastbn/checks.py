@@ -1224,7 +1224,7 @@ def one_side(name: str, x: Any, others: Mapping[str, Any]) -> None:
         if array is not None and on_gpu(array) != side:
             raise TypeError(
                 f"{other} is a {_kind(array)} on {sides[not side]} and {name} a {_kind(x)} on {sides[side]}, and both "
-                "must be on the same side"
+                "must be on the same side (a layer moves by its cuda(like=x) and cpu())"
             )
 
 

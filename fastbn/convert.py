@@ -22,11 +22,8 @@ channel axis. Not carried over, as they belong to the training: `unbiased`, `tra
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from types import ModuleType
@@ -34,7 +31,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from . import checks
+from . import checks, files
 from .layers import BatchNorm
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -422,7 +419,7 @@ def save(bn: BatchNorm, path: str | os.PathLike[str]) -> None:
     options = {name: get(bn) for name, get in OPTIONS.items()} | {name: getattr(bn, name) for name in bn.OWN_OPTIONS}
     tensors = to_torch(bn)
     _restore(type(bn), options, tensors)  # what cannot be loaded again is not saved
-    _write(place, safetensors.numpy.save(tensors, {KEY: json.dumps(options | {"class": type(bn).__name__})}))
+    files.write(place, safetensors.numpy.save(tensors, {KEY: json.dumps(options | {"class": type(bn).__name__})}))
 
 
 def load(path: str | os.PathLike[str], cls: type[Layer] = BatchNorm, **options: Any) -> Layer:  # type: ignore[assignment]
@@ -525,30 +522,6 @@ def _counted(layer: Layer, batches: int) -> Layer:
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked = batches
     return layer
-
-
-def _write(place: str, data: bytes) -> None:
-    """The whole file or none: written beside its place, then moved there."""
-    temporary = os.path.join(os.path.dirname(place), f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(place, temporary)
-        os.replace(temporary, place)
-    except BaseException:  # Ctrl-C, too
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    # The name is in the folder, which has to reach the disk, too. Not every system can be told.
-    with contextlib.suppress(OSError):
-        folder = os.open(os.path.dirname(place), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 # ---- shared ----

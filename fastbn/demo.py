@@ -119,10 +119,12 @@ def train(images: Images, steps: int, *, batch_norm: bool) -> History:
             history.look(step, model, images)
 
     start = perf_counter()
-    nn.fit(
+    trained = nn.fit(
         model, images.train, images.train_labels, nn.SGD(model, RATE), epochs=epochs, batch_size=BATCH,
         rng=np.random.default_rng(1), progress="with BN   " if batch_norm else "without BN", after_step=after_step,
     )  # fmt: skip
+    if trained.interrupted:  # half a comparison is none
+        raise KeyboardInterrupt
     history.seconds = perf_counter() - start
     return history
 

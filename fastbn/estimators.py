@@ -36,6 +36,7 @@ from .nn.activations import Activation, LeakyReLU
 from .nn.dropout import Dropout
 from .nn.losses import MSELoss
 from .nn.optimizers import AdamW
+from .nn.run import gradients
 from .nn.schedules import constant, cosine, exponential
 from .pieces import parts
 from .statistics import Moments
@@ -375,7 +376,7 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
 
     def _epochs(self, X: Array, target: Array, weights: Array | None, held_out: Any, epochs: int) -> None:
         network, optimizer, loss = self.network_, self._optimizer, self._new_loss()
-        batches = nn.Batches(X, np.arange(len(X)), self._batch_size(len(X)), rng=self._order)
+        batches = nn.Batches(X, target, self._batch_size(len(X)), sample_weight=weights, rng=self._order)
         norms = [layer for layer in network.layers if isinstance(layer, _BatchNorm)]
         schedule: Any = {
             "constant": constant,
@@ -387,21 +388,12 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
         for _ in range(epochs):
             optimizer.lr = self.learning_rate_init * schedule(self._epoch)
             total, seen = 0.0, 0
-            for x, rows in batches:
-                seen += len(rows)
-                if weights is None:
-                    total += len(rows) * loss(network(x), target[rows])
-                    network.parameter_gradients(loss.backward())
-                else:
-                    row_weights = weights[rows]
-                    for norm in norms:
-                        norm.row_weights = row_weights
-                    # The loss divides by the batch's weights, and each row is to count as its share of all rows.
-                    share = float(row_weights.mean())
-                    total += len(rows) * share * loss(network(x), target[rows], row_weights)
-                    dy = loss.backward()
-                    np.multiply(dy, share, out=dy)
-                    network.parameter_gradients(dy)
+            for x, wanted, *row_weights in batches:
+                for norm in norms:
+                    norm.row_weights = row_weights[0] if row_weights else None
+                value, _ = gradients(network, loss, x, wanted, *row_weights)
+                total += len(x) * value
+                seen += len(x)
                 optimizer.step()
             self._epoch += 1
             self.n_iter_ += 1

@@ -1,5 +1,6 @@
 """Layers, loss and Sequential: gradients by finite differences, memory, dtype, state, errors."""
 
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -182,6 +183,128 @@ def test_bad_state_leaves_the_network_as_it_was():
         net.load_state_dict({name: array for name, array in before.items() if name != "6.weight"})
     for name, array in net.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+# ---- BatchNorm and ReLU in one pass ----
+
+
+def by_hand(net, x, dy):
+    """Layer after layer, in which nothing is joined: y, dx and the parameters' gradients."""
+    for layer in net.layers:
+        x = layer(x)
+    y = x.copy()
+    for layer in reversed(net.layers):
+        dy = layer.backward(dy)
+    return [y, dy.copy(), *(gradient.copy() for _, gradient in net.parameters())]
+
+
+def joined(net, x, dy):
+    return [net(x).copy(), net.backward(dy).copy(), *(gradient.copy() for _, gradient in net.parameters())]
+
+
+def check_bits(monkeypatch, shape, dtype, frozen):
+    rng = np.random.default_rng(13)
+    nets = [nn.Sequential(nn.BatchNorm(5, dtype=dtype), nn.ReLU()) for _ in range(2)]
+    for net in nets:
+        net.layers[0].weight[...] = [-2, -0.5, 0, 1, 3]
+        net.layers[0].bias[...] = [0.1, 0, -1, 2, 0]
+        if frozen:
+            net.layers[0].freeze()
+    with monkeypatch.context() as patch:
+        for method in ("function", "gradient"):  # nobody may call them
+            patch.setattr(nets[0].layers[1], method, None)
+        for _ in range(2):
+            x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+            for ours, expected in zip(joined(nets[0], x, dy), by_hand(nets[1], x, dy), strict=True):
+                np.testing.assert_array_equal(ours, expected)
+    for ours, expected in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(nets[0].eval()(x), nets[1].layers[1](nets[1].eval().layers[0](x)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, F64])
+@pytest.mark.parametrize("shape", [(17, 5), (6, 5, 4, 3)], ids=str)
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_relu_joined_to_batch_norm_gives_the_same_bits(monkeypatch, backend, shape, dtype, frozen):
+    with fastbn.config_context(backend=backend):
+        check_bits(monkeypatch, shape, dtype, frozen)
+
+
+def test_relu_joined_to_batch_norm_gives_the_same_bits_by_any_instruction_set(compiled, monkeypatch):
+    check_bits(monkeypatch, (17, 5), np.float32, False)
+
+
+def test_layers_that_were_joined_serve_by_themselves():
+    rng = np.random.default_rng(14)
+    net = LAYERS["sequential"]()
+    net = nn.Sequential(nn.Linear(4, 5, rng=0, dtype=F64), nn.BatchNorm(5, dtype=F64), nn.ReLU(), net.layers[3])
+    x, dy = rng.standard_normal((6, 4)), rng.standard_normal((6, 5))
+    together = joined(net, x, dy)
+    for ours, expected in zip(by_hand(net, x, dy), together, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert net.layers[1].activation is None and (net.layers[1](net.layers[0](x)) < 0).any()
+    net(x)
+    again = pickle.loads(pickle.dumps(net))
+    for ours, expected in zip(joined(again, x, dy), together, strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(("rows", "threads"), [(4, 2), (1000, 1), (30000, 2)])
+def test_batch_norm_between_matrix_products_has_a_team_only_where_it_is_large(monkeypatch, rows, threads):
+    given = []
+    serving = fastbn.backends.serving
+
+    def recorded(asked=None):
+        given.append(serving(asked)[1])
+        return serving(asked)
+
+    monkeypatch.setattr(fastbn.backends, "serving", recorded)
+    layer, x = nn.BatchNorm(10), np.random.default_rng(16).standard_normal((rows, 10), np.float32)
+    layer.backward(layer(x))
+    assert set(given) == {threads}  # with 4 rows the kernels have no team, whatever they are given
+    given.clear()
+    with fastbn.config_context(num_threads=1):
+        layer.backward(layer(x))
+    assert set(given) == {1}
+
+
+class Shifted(nn.BatchNorm):
+    def __call__(self, x, residual=None, *, out=None):
+        return super().__call__(x, residual, out=out) - 0.5
+
+
+class Clipped(nn.ReLU):
+    def function(self, x, y):
+        np.clip(x, 0, 0.5, out=y)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [Shifted(5), nn.ReLU()],
+        lambda: [nn.BatchNorm(5), Clipped()],
+        lambda: [nn.BatchNorm(5, activation="leaky_relu"), nn.ReLU()],
+        lambda: [nn.BatchNorm(5), nn.Tanh()],
+        lambda: [nn.BatchNorm(5), nn.BatchNorm(5), nn.ReLU(), nn.ReLU(), nn.BatchNorm(5)],
+    ],
+    ids=["subclass", "subclass of the activation", "has an activation", "tanh", "a row of them"],
+)
+def test_only_the_plain_pair_is_joined(layers):
+    rng = np.random.default_rng(15)
+    x, dy = rng.standard_normal((7, 5)), rng.standard_normal((7, 5))
+    for ours, expected in zip(
+        joined(net := nn.Sequential(*layers()), x, dy), by_hand(nn.Sequential(*layers()), x, dy), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
+    assert repr(net) == repr(nn.Sequential(*layers()))
+
+
+def test_a_batch_norm_that_raises_keeps_no_activation():
+    net = nn.Sequential(nn.BatchNorm(5), nn.ReLU())
+    with pytest.raises(ValueError, match="x has shape"):
+        net(np.zeros((2, 4)))
+    assert net.layers[0].activation is None
 
 
 def test_torch_state_loads_and_agrees():

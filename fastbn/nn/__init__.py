@@ -12,20 +12,28 @@ from . import schedules
 from .activations import LeakyReLU, ReLU, Sigmoid, Tanh
 from .batch_norm import BatchNorm
 from .batches import Batches
+from .checkpoints import Checkpoint
 from .conv import Conv2d
 from .dropout import Dropout
 from .fit import accuracy, fit
 from .flatten import Flatten
+from .history import History
+from .last_step import LastStep
 from .layer import Layer
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .losses import BCEWithLogitsLoss, MSELoss, SoftmaxCrossEntropy
+from .lstm import LSTM
 from .optimizers import SGD, Adam, AdamW, Optimizer, RMSprop
 from .pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from .residual import Residual
+from .rnn import RNN
 from .sequential import Sequential
 from .update import update_bn
 
 __all__ = [
+    "LSTM",
+    "RNN",
     "SGD",
     "Adam",
     "AdamW",
@@ -33,10 +41,13 @@ __all__ = [
     "BCEWithLogitsLoss",
     "BatchNorm",
     "Batches",
+    "Checkpoint",
     "Conv2d",
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "History",
+    "LastStep",
     "Layer",
     "LayerNorm",
     "LeakyReLU",
@@ -46,6 +57,7 @@ __all__ = [
     "Optimizer",
     "RMSprop",
     "ReLU",
+    "Residual",
     "Sequential",
     "Sigmoid",
     "SoftmaxCrossEntropy",

@@ -18,6 +18,7 @@ class Activation(Layer):
 
     def __init__(self) -> None:
         self._last: Array | None = None
+        self._done_before = False
         self._y, self._dx = Buffer(), Buffer()
 
     def function(self, x: Array, y: Array) -> None:
@@ -32,8 +33,13 @@ class Activation(Layer):
         """y, of x's shape and dtype."""
         x = checks.data("x", x)
         self._last = y = self._y.lend(x.shape, x.dtype)
+        self._done_before = False
         self.function(x, y)
         return y
+
+    def done_before(self, y: Array) -> None:
+        """The layer before computes this one in its own pass, there and back: `backward` hands dy on to it."""
+        self._last, self._done_before = y, True
 
     def backward(self, dy: Array) -> Array:
         """dx = dy · f', of the same shape and dtype."""
@@ -42,6 +48,8 @@ class Activation(Layer):
             raise ValueError("backward has nothing to go back over: call the layer first")
         dy = checks.data("dy", dy)
         checks.same("dy", dy, y)
+        if self._done_before:
+            return dy
         dx = self._dx.lend(dy.shape, dy.dtype)
         self.gradient(dy, y, dx)
         return dx

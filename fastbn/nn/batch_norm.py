@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from .. import checks, layers
+from .. import backends, checks, layers
+from .activations import ReLU
 from .buffers import Buffer
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+# Arrays of so many elements have a team of threads, where there is one. On smaller ones, which take a few tenths of a
+# millisecond at most, the caller's thread works alone: np.matmul, before and after, has threads of its own in the BLAS.
+# Both kinds spin for milliseconds after their work, each on the processor that the other wants.
+TEAM = 1 << 18
+SMALL = 1 << 12  # which no team would do anyway
 
 
 class BatchNorm(layers.BatchNorm):
@@ -32,12 +40,28 @@ class BatchNorm(layers.BatchNorm):
     def __call__(self, x: Any, residual: Any = None, *, out: Array | None = None) -> Array:
         """y, in `out` or in the layer's own memory. `backward` reads x again: leave it as it is until then."""
         x = checks.data("x", x)
-        return super().__call__(x, residual, out=_own(self._y, x) if out is None else out)
+        with _threads(x):
+            return super().__call__(x, residual, out=_own(self._y, x) if out is None else out)
+
+    def joins(self, following: Any) -> bool:
+        """Whether what follows is a ReLU that this layer can compute in its own pass over memory."""
+        return type(following) is ReLU and type(self) is BatchNorm and self.activation is None
+
+    def with_relu(self, x: Any, relu: Any) -> Array:
+        """``relu(self(x))`` in one pass; the `backward` of both may follow. To the same bits, where x has no NaN."""
+        try:
+            self.activation = "relu"
+            y = self(x)
+        finally:
+            self.activation = None
+        relu.done_before(y)
+        return y
 
     def backward(self, dy: Any, *, out: Array | None = None, out_residual: Array | None = None) -> Array:
         """dx, in `out` or in the layer's own memory, leaving `grad_weight`, `grad_bias` (and `grad_residual`)."""
         dy = checks.data("dy", dy)
-        return super().backward(dy, out=_own(self._dx, dy) if out is None else out, out_residual=out_residual)
+        with _threads(dy):
+            return super().backward(dy, out=_own(self._dx, dy) if out is None else out, out_residual=out_residual)
 
     def parameter_gradients(self, dy: Any) -> None:
         """`grad_weight` and `grad_bias`."""
@@ -56,3 +80,8 @@ class BatchNorm(layers.BatchNorm):
 def _own(buffer: Buffer, like: Array) -> Array | None:
     """The buffer's memory for data in C order; for other orders None, so that the result follows the data's."""
     return buffer.lend(like.shape, like.dtype) if like.flags.c_contiguous else None
+
+
+def _threads(x: Array) -> AbstractContextManager[None]:
+    """The settings for an array of this size."""
+    return backends.config_context(num_threads=1) if SMALL < x.size < TEAM else nullcontext()

@@ -20,10 +20,20 @@ class Batches:
     Parameters
     ----------
     x : ndarray, shape (rows, ...)
-    labels : ndarray, shape (rows,)
+    targets : ndarray, shape (rows, ...)
+        Labels, or what else the loss takes.
     batch_size : int
+    sample_weight : ndarray, shape (rows,), optional
+        How much each row counts.
     rng : numpy.random.Generator or int, optional
         Of the orders.
+
+    Attributes
+    ----------
+    rng : numpy.random.Generator
+    order : ndarray of int, shape (rows,)
+        Of the rows in the epoch at hand; the next one's is made from it. With ``rng``'s state it is all there is to
+        save, and to set, for the batches to go on as they would have.
 
     Raises
     ------
@@ -32,32 +42,47 @@ class Batches:
     """
 
     def __init__(
-        self, x: Array, labels: Array, batch_size: int, *, rng: np.random.Generator | int | None = None
+        self,
+        x: Array,
+        targets: Any,
+        batch_size: int,
+        *,
+        sample_weight: Any = None,
+        rng: np.random.Generator | int | None = None,
     ) -> None:
-        self.x, self.labels = checks.data("x", x), np.asarray(labels)
-        if not self.x.ndim or not len(self.x):
-            raise ValueError(f"x has shape {self.x.shape}, and must have at least one row")
+        self.x, self.targets = paired("x", x, "targets", targets)
         rows = len(self.x)
-        if self.labels.shape != (rows,):
-            raise ValueError(f"labels has shape {self.labels.shape}, and must have shape ({rows},): one a row of x")
+        self.sample_weight = None if sample_weight is None else checks.sample_weight(sample_weight, rows)[0]
         self.batch_size = min(checks.positive("batch_size", batch_size), rows)
-        self._rng = np.random.default_rng(rng)
-        self._order = np.arange(rows)
-        self._batch = np.empty((self.batch_size, *self.x.shape[1:]), self.x.dtype)
-        self._batch_labels = np.empty(self.batch_size, self.labels.dtype)
+        self.rng = np.random.default_rng(rng)
+        self.order = np.arange(rows)
+        data = [self.x, self.targets] if self.sample_weight is None else [self.x, self.targets, self.sample_weight]
+        self._data = [(array, np.empty((self.batch_size, *array.shape[1:]), array.dtype)) for array in data]
         left = rows % self.batch_size
         self._end = rows - 1 if left == 1 and self.batch_size > 1 else rows
 
     def __len__(self) -> int:
+        """Batches an epoch."""
         return -(-self._end // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Array, Array]]:
-        """Pairs of x and labels, in memory that the next pair overwrites."""
-        self._rng.shuffle(self._order)
-        for start in range(0, self._end, self.batch_size):
-            rows = self._order[start : min(start + self.batch_size, self._end)]
-            x, labels = self._batch[: len(rows)], self._batch_labels[: len(rows)]
+    def __iter__(self) -> Iterator[tuple[Array, ...]]:
+        """Pairs of x and targets (with `sample_weight`, triples), in memory that the next ones overwrite."""
+        self.rng.shuffle(self.order)
+        return self.rest(0)
+
+    def rest(self, first: int) -> Iterator[tuple[Array, ...]]:
+        """The epoch's batches from the one of this number on, in the order that it has."""
+        for start in range(first * self.batch_size, self._end, self.batch_size):
+            rows = self.order[start : min(start + self.batch_size, self._end)]
             # mode: "raise", the default, would write to a new array first.
-            np.take(self.x, rows, axis=0, out=x, mode="clip")
-            np.take(self.labels, rows, out=labels, mode="clip")
-            yield x, labels
+            yield tuple([array.take(rows, 0, batch[: len(rows)], "clip") for array, batch in self._data])
+
+
+def paired(x_name: str, x: Any, name: str, targets: Any) -> tuple[Array, Array]:
+    """At least one row of data, and a target for each."""
+    x, targets = checks.rows(x_name, x), np.asarray(targets)
+    if targets.shape[:1] != (len(x),):
+        raise ValueError(
+            f"{name} has shape {targets.shape}, and must have shape ({len(x)}, ...): one a row of {x_name}"
+        )
+    return x, targets

@@ -114,13 +114,18 @@ class Conv2d(Weighted):
         self._x = x
         y = self._y.lend(self._windows.shape(len(x), self.out_channels, size), self.dtype)
         weight = self._flat_weight()
+        bias = self.bias
+        if bias is not None:  # channels last, for a whole row of the image: NumPy is slow in short runs
+            bias = bias[:, np.newaxis, np.newaxis] if self.axis == 1 else np.tile(bias, y.shape[2])
         for block, matrix in self._matrices(x, size):
+            part = y[block]
             if self.axis == 1:
-                np.matmul(weight, matrix, out=y[block].reshape(len(matrix), self.out_channels, -1))
+                np.matmul(weight, matrix, out=part.reshape(len(matrix), self.out_channels, -1))
             else:
-                np.matmul(matrix, weight.T, out=y[block].reshape(len(matrix), self.out_channels))
-        if self.bias is not None:
-            np.add(y, self.bias[:, np.newaxis, np.newaxis] if self.axis == 1 else self.bias, out=y)
+                np.matmul(matrix, weight.T, out=part.reshape(len(matrix), self.out_channels))
+            if bias is not None:  # while the block is in cache
+                part = part if self.axis == 1 else part.reshape(-1, len(bias))
+                np.add(part, bias, out=part)
         return y
 
     def backward(self, dy: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, Self
 
 import numpy as np
@@ -19,7 +19,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Sequential(Layer):
     """Layers one after the other.
 
-    A `Linear` or a `Conv2d` directly before a `BatchNorm` loses its bias here (see `Linear`).
+    A `Linear` or a `Conv2d` directly before a `BatchNorm` loses its bias here (see `Linear`). A `BatchNorm` directly
+    before a `ReLU` computes both in one pass over memory, to the same bits (where there is no NaN).
 
     Parameters
     ----------
@@ -55,8 +56,14 @@ class Sequential(Layer):
 
     def __call__(self, x: Array) -> Array:
         """The last layer's output, in its own memory: valid until the next call."""
-        for layer in self.layers:
-            x = layer(x)
+        joined = False
+        for layer, following in zip_longest(self.layers, self.layers[1:]):
+            if joined:  # by the layer before
+                joined = False
+            elif joined := isinstance(layer, BatchNorm) and layer.joins(following):
+                x = layer.with_relu(x, following)
+            else:
+                x = layer(x)
         return x
 
     def backward(self, dy: Array) -> Array:
