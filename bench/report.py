@@ -1,7 +1,7 @@
 """A benchmark run as tables and a picture: python bench/report.py RUN.json
 
 Writes docs/figures/performance.png (time over floor, a bar for each library, a panel for each operation and layout) and
-the tables between the marks in docs/performance.md.
+the tables between the marks in docs/performance.md: the kernels' and the training steps', each if the run has them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import matplotlib.pyplot as plt
 from shapes import LAYOUTS, RESNET50
 
 DOCS = Path(__file__).parent.parent / "docs"
-MARKS = "<!-- table: bench/report.py -->", "<!-- end of table -->"
+MARKS = {
+    "kernels": ("<!-- table: bench/report.py -->", "<!-- end of table -->"),
+    "training": ("<!-- training: bench/report.py -->", "<!-- end of training -->"),
+}
 OPERATIONS = {"forward": "train forward", "normalize": "eval", "backward": "backward"}
 COLORS = {
     "fastbn": "#c4451c", "fastbn called": "#e39a7f", "torch": "#4a6fa5", "torch out": "#8fa8cc", "oneDNN": "#5b8c5a",
@@ -31,6 +34,10 @@ FLOOR_TARGETS = {
     ("normalize", "NHWC"): (1.1, 1.05), ("backward", "NCHW"): (1.7, 1.4), ("backward", "NHWC"): (1.8, 1.75),
 }  # fmt: skip
 TORCH_TARGETS = {"forward": (6, 2.5), "backward": (3, 2.5)}
+# Asked of a training step: others' times over ours, by the hidden layers.
+TRAINING_TARGETS = {
+    (64,): {"torch": 2, "scikit-learn": 1}, (256, 256): {"torch": 1.2}, (512, 512, 512): {"torch": 1},
+}  # fmt: skip
 CALLED = ["torch", "jax", "NumPy"]  # they allocate their output, and are held against fastbn called; others, fastbn
 
 
@@ -44,27 +51,44 @@ class Run:
             sys.exit(f"{path} has no figures: was it made by make bench?")
         self.cpu = run["machine_info"].get("cpu", {}).get("brand_raw", "unknown processor")
 
+    def has_kernels(self) -> bool:
+        return any(c["table"] != "training" for c in self.cases)
+
     def of(self, table: str, **labels: object) -> list[dict]:
         """A table's cases that have these labels, by operation."""
         mine = [c for c in self.cases if c["table"] == table and all(c[k] == v for k, v in labels.items())]
-        return sorted(mine, key=lambda c: list(OPERATIONS).index(c["operation"]))
+        order = [*OPERATIONS, "step"]
+        return sorted(mine, key=lambda c: order.index(c["operation"]))
 
 
 def main(path: str) -> None:
     run = Run(path)
-    text = "\n".join(lines(run)).rstrip()
+    if run.has_kernels():
+        write("kernels", lines(run))
+        draw(run)
+    write("training", training(run))
+
+
+def write(marks: str, found: list[str]) -> None:
+    """Between its marks in the document."""
+    if not found:
+        return
+    text = "\n".join(found).rstrip()
     print(text)
     document = DOCS / "performance.md"
-    before, rest = document.read_text().split(MARKS[0])
-    document.write_text(before + MARKS[0] + "\n" + text + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
-    draw(run)
+    first, last = MARKS[marks]
+    before, rest = document.read_text().split(first)
+    document.write_text(before + first + "\n" + text + "\n" + last + rest.split(last)[1])
+
+
+def machine(run: Run, case: dict) -> str:
+    return f"{run.cpu}, {case['threads']} threads, backend {case['backend']}, {case['instruction set']}"
 
 
 def lines(run: Run) -> list[str]:
-    first = run.cases[0]
     found = [
-        f"{run.cpu}, {first['threads']} threads, backend {first['backend']}, {first['instruction set']}. float32 where "
-        "nothing else is said; milliseconds, the least of a run; in brackets the time over the floor's.",
+        f"{machine(run, run.cases[0])}. float32 where nothing else is said; milliseconds, the least of a run; in "
+        "brackets the time over the floor's.",
         "",
     ]
     for title, section in SECTIONS.items():
@@ -353,6 +377,30 @@ def backends(run: Run) -> list[str]:
                 over = [f"{mean(ratios(cases, name, 'floor')):.2f}" for name in ("cython", "numba")]
                 rows.append([title, layout, *over, spread(ratios(cases, "numba", "cython"), max)])
     return table(["operation", "layout", "Cython / floor", "Numba / floor", "Numba / Cython"], rows)
+
+
+def training(run: Run) -> list[str]:
+    """Steps of a network: milliseconds, and others' times over ours."""
+    cases = run.of("training")
+    if not cases:
+        return []
+    peers = ["torch", "scikit-learn"]
+    times = ["fastbn", "fastbn, teams", *peers]
+    shares = {"matmul": "fastbn", "matmul of torch": "torch"}
+    rows = []
+    for c in cases:
+        asked = TRAINING_TARGETS[tuple(c["hidden"])]
+        rows.append(
+            [c["data"], "-".join(map(str, c["hidden"])), str(c["batch"]), c["optimizer"]]
+            + [f"{c['ms'][name]:.3g}" if name in c["ms"] else "–" for name in times]
+            + [f"{1e3 / c['ms']['fastbn']:.0f}"]
+            + [f"{ratio(c, name, 'fastbn'):.2f} ({asked.get(name, '–')})" for name in peers]
+            + [f"{ratio(c, matmul, step):.2f}" for matmul, step in shares.items()]
+        )
+    heads = ["data", "hidden layers", "batch", "optimizer", *times, "fastbn, steps/s"]
+    heads += [f"{name} / fastbn (asked: at least)" for name in peers]
+    heads += [f"{matmul} / {step}" for matmul, step in shares.items()]
+    return [f"{machine(run, cases[0])}. Milliseconds a step, the least of a run.", "", *table(heads, rows)]
 
 
 SECTIONS: dict[str, Callable[[Run], list[str]]] = {

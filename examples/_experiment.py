@@ -100,9 +100,8 @@ def run(main: Callable[[Report], None]) -> None:
     given = parser.parse_args()
     report = Report(Path(sys.argv[0]).stem, quick=given.quick, figures=given.figures or DOCS / "figures")
     start = perf_counter()
-    with threadpool_limits(
-        1, user_api="blas"
-    ):  # the same sums on every run; and products this small gain nothing from a second thread
+    # The same sums on every run; and products this small gain nothing from a second thread.
+    with threadpool_limits(1, user_api="blas"):
         main(report)
     print(f"\n{perf_counter() - start:.0f} seconds", flush=True)
     if not report.quick and given.figures is None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import BF16, DTYPES, F32, F64, ORDERS, gaps, generator, parameters, read_only, same_bits, sample
 
 import fastbn
-from fastbn import backends
+from fastbn import backends, nn
 from fastbn.ghost import GhostBatchNorm
 from fastbn.pieces import parts, pieces
 
@@ -396,3 +396,22 @@ def test_layer_carries_no_batch():
         with pytest.raises(ValueError, match="training mode"):
             other.backward(sample((10, 3), F32))
     assert repr(bn).startswith("GhostBatchNorm(3, virtual_batch_size=4, eps=")
+
+
+def test_in_a_network():
+    """nn.GhostBatchNorm: the same bits, in memory of its own, yielding its parameters; the Linear before loses its bias."""
+    bn = filled(nn.GhostBatchNorm, virtual_batch_size=4)
+    net = nn.Sequential(nn.Linear(5, 3, rng=0), bn, nn.ReLU())
+    assert net.layers[0].bias is None and len(list(net.parameters())) == 3
+    by_hand, x, dy = filled(), sample((11, 5), F32), sample((11, 3), F32, seed=1)
+    z = x @ net.layers[0].weight.T
+    for _ in range(2):
+        y, want = net(x), np.maximum(by_hand(z), 0)
+        same_bits(y, want)
+        net.backward(dy)
+        by_hand.backward(np.where(want > 0, dy, 0))
+        same_bits(bn.grad_weight, by_hand.grad_weight)
+        same_bits(bn.running_var, by_hand.running_var)
+    assert net(x) is y and bn.num_batches_tracked == 9
+    by_hand(z)
+    same_bits(net.eval()(x), np.maximum(by_hand.eval()(z), 0))

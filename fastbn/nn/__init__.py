@@ -10,7 +10,7 @@ next call: copy what you keep.
 
 from . import schedules
 from .activations import LeakyReLU, ReLU, Sigmoid, Tanh
-from .batch_norm import BatchNorm
+from .batch_norm import BatchNorm, GhostBatchNorm
 from .batches import Batches
 from .checkpoints import Checkpoint
 from .conv import Conv2d
@@ -45,6 +45,7 @@ __all__ = [
     "Conv2d",
     "Dropout",
     "Flatten",
+    "GhostBatchNorm",
     "GlobalAvgPool2d",
     "History",
     "LastStep",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import backends, checks, layers
+from .. import backends, checks, ghost, layers
 from .activations import ReLU
 from .buffers import Buffer
 
@@ -75,6 +75,20 @@ class BatchNorm(layers.BatchNorm):
             yield self.weight, self.grad_weight
         if self.bias is not None:
             yield self.bias, self.grad_bias
+
+
+class GhostBatchNorm(BatchNorm, ghost.GhostBatchNorm):
+    """`fastbn.GhostBatchNorm` as a layer of a network, with buffers and parameters as `BatchNorm` has them.
+
+    The other kin have no such form: a mask is not passed from layer to layer, and in a `Sequential` the layer before an
+    `InplaceBatchNorm` may still need what that would write over. They are used by hand.
+
+    Parameters
+    ----------
+    num_features : int
+    **options
+        As for `fastbn.GhostBatchNorm`: `virtual_batch_size`, and those of `BatchNorm`.
+    """
 
 
 def _own(buffer: Buffer, like: Array) -> Array | None:
