@@ -940,6 +940,19 @@ def class_weight_of_part(value: Any) -> None:
         )
 
 
+def class_weight(value: Any) -> None:
+    """The weights of a dict are numbers of at least 0, and finite; the other forms are scikit-learn's to check."""
+    for label, weight in value.items() if isinstance(value, Mapping) else ():
+        number_in(f"class_weight[{label!r}]", weight, 0)
+
+
+def same_structure(asked: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+    """A fit that goes on from another has its network, and must not ask for a different one."""
+    for name, value in fitted.items():
+        if asked[name] != value:
+            raise ValueError(f"{name} is {asked[name]!r}, and must be {value!r}, as in the fit that this one continues")
+
+
 def endless(name: str, value: Any, wrong: bool) -> None:
     """An option that needs to know when training ends."""
     if wrong:
@@ -1048,13 +1061,31 @@ def features_to_normalize(value: Any) -> int:
     return number
 
 
-def followed(layer: Any, channels: int, axis: int, following: Any) -> None:
-    """A BatchNorm of a convolution's channels."""
+def deviation(init: Any, fan_in: int) -> float:
+    """The standard deviation of weights at the start."""
+    if isinstance(init, str) and init == "he":
+        return float((2 / fan_in) ** 0.5)
+    if isinstance(init, (int, float)) and not isinstance(init, bool) and 0 <= init < float("inf"):
+        return float(init)
+    raise ValueError(f"init is {init!r}, and must be 'he', 'glorot' or a standard deviation of at least 0")
+
+
+def rows_of_layer(name: str, array: Any, width: int, dtype: np.dtype[Any], count: int | None = None) -> None:
+    """An ndarray (batch, width) of the layer's dtype, of as many rows as the x that went before it."""
+    of_layer(name, array, dtype)
+    if array.ndim != 2 or array.shape[1] != width:
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape (batch, {width})")
+    if count is not None and len(array) != count:
+        raise ValueError(f"{name} has shape {array.shape}, and must have as many rows as x, {count}")
+
+
+def followed(layer: Any, channels: int, axis: int | None, following: Any) -> None:
+    """A BatchNorm of a layer's outputs; `axis`: where a convolution has them."""
     if following.num_features != channels:
         raise ValueError(
             f"the BatchNorm after {layer!r} has num_features {following.num_features}, and must have {channels}"
         )
-    if following.axis not in (axis, axis + 4, axis - 4):
+    if axis is not None and following.axis not in (axis, axis + 4, axis - 4):
         raise ValueError(f"the BatchNorm after {layer!r} has axis {following.axis}, and must have {axis}")
 
 
@@ -1191,7 +1222,11 @@ def counts(name: str, value: Any, mine: Array) -> Array:
     """Numbers of batches, one a step: no step had more than the one before it."""
     array = _as_ndarray(name, value)
     good = array.shape == mine.shape and array.dtype.kind in "fiu"
-    if not good or not ((array >= 0) & (array == np.trunc(array)) & (array < 2**63)).all() or (np.diff(array) > 0).any():
+    if (
+        not good
+        or not ((array >= 0) & (array == np.trunc(array)) & (array < 2**63)).all()
+        or (np.diff(array) > 0).any()
+    ):
         raise ValueError(f"{name} is {array} in state, and must be {mine.size} integers of at least 0 that never rise")
     return array
 
@@ -1200,8 +1235,11 @@ def counts(name: str, value: Any, mine: Array) -> Array:
 
 
 def on_gpu(x: Any) -> bool:
-    """Whether an array lies on a GPU and says where."""
-    return hasattr(x, "__cuda_array_interface__")
+    """Whether an array lies on a GPU."""
+    try:
+        return hasattr(x, "__cuda_array_interface__")
+    except Exception:  # it does, and will not say where; `device_interface` will tell why
+        return True
 
 
 def _kind(x: Any) -> str:
@@ -1259,7 +1297,79 @@ def vector(name: str, p: Array, channels: int) -> None:
     _vector(name, p, channels)
 
 
+def device_interface(name: str, array: Any) -> Mapping[str, Any]:
+    """What an array on a GPU says of itself."""
+    try:
+        interface: Mapping[str, Any] = array.__cuda_array_interface__
+    except Exception as error:
+        hint = f"; pass {name}.detach() if it requires a gradient" if hasattr(array, "detach") else ""
+        raise TypeError(
+            f"{name} is a {_kind(array)} that must say where it lies, and does not ({error}){hint}"
+        ) from None
+    return interface
+
+
 def like_on_gpu(like: Any) -> None:
     """None, or an array on a GPU."""
     if like is not None and not on_gpu(like):
         raise TypeError(f"like is a {_kind(like)}, and must be None or an array on a GPU")
+
+
+# ---- the trainer ----
+
+
+def made(name: str, value: Any, kind: type) -> None:
+    """An `instance`, and not its class, which has the same attributes."""
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {value.__name__} itself, and must be an object of a {kind.__name__}")
+    instance(name, value, kind)
+
+
+def optimizer_within(value: Any, model: Any) -> None:
+    """An optimizer of this network's parameters, or of some of them."""
+    mine = [parameter for parameter, _ in model.parameters()]
+    ids = set(map(id, mine))
+    if not all(id(parameter) in ids for parameter, _ in value.model.parameters()):
+        optimizer_of(value, model)
+
+
+def function(name: str, value: Any) -> None:
+    """What is called, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is {value!r}, and must be something that can be called, or None")
+
+
+def pair_of_data(name: str, value: Any) -> tuple[Any, Any]:
+    """Data and targets, in a tuple or list: an array of two rows is neither."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        kind = type(value).__name__
+        many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise TypeError(f"{name} is a {kind}{many}, and must be a pair: (x, targets)")
+    return value[0], value[1]
+
+
+def labels(name: str, value: Any, rows: int) -> Array:
+    """A class's number for each row."""
+    array = _as_ndarray(name, value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}, and must be integers: the numbers of the classes")
+    if array.shape != (rows,):
+        raise ValueError(f"{name} has shape {array.shape}, and must have shape ({rows},): one a row of x")
+    return array
+
+
+def logits(name: str, shape: tuple[int, ...]) -> None:
+    """Of what gives a number for each of several classes."""
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"{name} gives outputs of shape {shape}, and must give one logit a class, of at least 2")
+
+
+def checkpoint_place(place: str) -> None:
+    """A file, or where there can be one."""
+    folder = os.path.dirname(place)
+    if os.path.isdir(place):
+        raise IsADirectoryError(f"checkpoint {place!r} is a folder, and must be a file")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"checkpoint {place!r} needs the folder {folder!r}, which must exist")
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise OSError(f"checkpoint {place!r} is a device or the like, and must be an ordinary file")

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import fastbn
+
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(fastbn.__file__).parent  # which may be installed elsewhere
 CONTRACT = ROOT / "docs" / "contract.md"
 LINK = re.compile(r"\]\(\.\./(tests/test_\w+\.py)::(\w+)\)")
 
@@ -54,16 +57,18 @@ STOCK |= {"or", "the", "not", "of", "in", "to"}
 
 
 def test_every_message_is_tested_for_its_text():
-    """Of each error in checks.py, three words that it always has (or all, of a shorter one) stand in some test."""
+    """Of each error in checks.py and the trainer, three words that it always has (or all, of a shorter one) stand in some
+    test."""
     tests = words(" ".join(path.read_text().replace("\\", "") for path in Path(__file__).parent.glob("test_*.py")))
     untested = []
-    for line, pieces in messages(ROOT / "fastbn" / "checks.py"):
+    files = [PACKAGE / "checks.py", *sorted((PACKAGE / "nn").glob("*.py"))]
+    for path, line, pieces in ((path, *message) for path in files for message in messages(path)):
         said = [words(piece).split() for piece in pieces]
         n = min(3, max(map(len, said)))
         windows = [" ".join(piece[i : i + n]) for piece in said for i in range(len(piece) - n + 1)]
         windows = [window for window in windows if not set(window.split()) <= STOCK] or windows
         if not any(window in tests for window in windows):
-            untested.append(f"line {line}: {' … '.join(pieces)}")
+            untested.append(f"{path.name}:{line}: {' … '.join(pieces)}")
     assert not untested, "\n".join(untested)
 
 
@@ -82,7 +87,7 @@ def test_messages_about_arguments_are_in_one_place():
     allowed = {"backends.py", "demo.py", "bench.py", "checks.py", "__main__.py", "convert.py", "estimators.py"}
     own = [
         f"{path.name}:{line} {pieces}"
-        for path in sorted((ROOT / "fastbn").glob("*.py"))
+        for path in sorted(PACKAGE.glob("*.py"))
         if path.name not in allowed
         for line, pieces in messages(path)
     ]

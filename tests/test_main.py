@@ -142,7 +142,7 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path):
     assert "images" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert "Traceback" not in error and error.endswith("fastbn: interrupted\n")
     assert os.listdir(tmp_path) == []
 

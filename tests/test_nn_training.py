@@ -116,6 +116,7 @@ def test_learning_rate_may_change():
         (lambda: nn.SGD(nn.Linear(2, 2), 0.1, weight_decay=-1), ValueError, "weight_decay is -1.0"),
         (lambda: nn.RMSprop(nn.Linear(2, 2), alpha=1.5), ValueError, "alpha is 1.5"),
         (lambda: nn.Adam(nn.Linear(2, 2), betas=(0.9, 1)), ValueError, r"betas\[1\] is 1.0"),
+        (lambda: nn.Adam(nn.Linear(2, 2), betas=0.9), TypeError, "betas is 0.9, and must be a pair of numbers"),
         (lambda: nn.Adam(nn.Linear(2, 2), eps=0), ValueError, "eps is 0.0"),
         (lambda: nn.Adam(nn.ReLU()), ValueError, "must have parameters"),
         (lambda: nn.Adam(nn.Linear(2, 2)).step(), ValueError, "call the model's backward first"),

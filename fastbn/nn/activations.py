@@ -43,9 +43,7 @@ class Activation(Layer):
 
     def backward(self, dy: Array) -> Array:
         """dx = dy · f', of the same shape and dtype."""
-        y = self._last
-        if y is None:
-            raise ValueError("backward has nothing to go back over: call the layer first")
+        y: Array = checks.called(self._last)
         dy = checks.data("dy", dy)
         checks.same("dy", dy, y)
         if self._done_before:

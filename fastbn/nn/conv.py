@@ -12,7 +12,7 @@ from .. import checks
 from ..statistics import moments
 from .batch_norm import BatchNorm
 from .buffers import Buffer
-from .linear import _initial
+from .initial import weights
 from .weighted import Weighted
 from .windows import Windows
 
@@ -87,11 +87,9 @@ class Conv2d(Weighted):
         self.padding = checks.pair("padding", padding, 0)
         self.axis = checks.image_axis(axis)
         self.dtype = checks.parameter_dtype(dtype)
-        weight = _initial(init, out_channels, in_channels * height * width, np.random.default_rng(rng), self.dtype)
-        if init == "glorot":  # drawn for `out_channels` outputs of an input; it has one in each place of the kernel
-            fans = np.array([out_channels, out_channels * height * width]) + in_channels * height * width
-            weight *= float(fans[0] / fans[1]) ** 0.5
-        self.weight = weight.reshape(out_channels, in_channels, height, width)
+        shape = (out_channels, in_channels, height, width)
+        fans = in_channels * height * width, out_channels * height * width
+        self.weight = weights(init, shape, *fans, np.random.default_rng(rng), self.dtype)
         self.bias = np.zeros(out_channels, self.dtype) if checks.flag("bias", bias) else None
         self.grad_weight = self.grad_bias = None
         self._windows = Windows(self.kernel_size, self.stride, self.padding, self.axis)
@@ -188,9 +186,7 @@ class Conv2d(Weighted):
     def drop_bias(self, following: BatchNorm) -> None:
         """Leave the bias to the BatchNorm that follows; what the two compute together stays the same."""
         checks.followed(self, self.out_channels, self.axis, following)
-        if self.bias is not None and following.running_mean is not None:
-            following.running_mean -= self.bias
-        self.bias = self.grad_bias = None
+        super().drop_bias(following)
 
     def _last(self) -> Array:
         x: Array = checks.called(self._x)

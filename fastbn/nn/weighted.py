@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from .batch_norm import BatchNorm
 from .layer import Layer
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,6 +47,12 @@ class Weighted(Layer):
         new = {name: checks.state(name, state[name], mine[name]) for name in mine}
         for name, array in mine.items():
             array[...] = new[name]
+
+    def drop_bias(self, following: BatchNorm) -> None:
+        """Leave the bias to the BatchNorm that follows; what the two compute together stays the same."""
+        if self.bias is not None and following.running_mean is not None:
+            following.running_mean -= self.bias
+        self.bias = self.grad_bias = None
 
     def _named(self) -> Iterator[tuple[str, Array]]:
         if self.weight is not None:
