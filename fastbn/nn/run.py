@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -70,7 +71,8 @@ class Run:
         self.model, self.optimizer, self.loss, self.batches, self.schedule = model, optimizer, loss, batches, schedule
         self.validation = None
         if validation is not None:
-            self.validation = paired("validation[0]", validation[0], "validation[1]", validation[1])
+            there = checks.pair_of_data("validation", validation)
+            self.validation = paired("validation[0]", there[0], "validation[1]", there[1])
         self.history = History()
         self.position = 0  # batches of this epoch that are done
         self.total = self.seen = self.right = 0.0  # sums over the rows of the epoch
@@ -83,6 +85,27 @@ class Run:
         self._found, self._hit = Buffer(), Buffer()
         self._about = self._describe()
         self._began = perf_counter()
+
+    def try_validation(self) -> None:
+        """Some rows in eval mode, so that what is wrong is known before an epoch has passed; nothing changes by it."""
+        if self.validation is None:
+            return
+        x, targets = self.validation
+        rows = [0, len(x) - 1]  # two: some layers take their statistics of the batch in eval mode, too
+        if targets.size and targets.dtype.kind in "fiub":  # the least and the greatest are the ones that may not do
+            rows += [int(place) * len(x) // targets.size for place in (targets.argmin(), targets.argmax())]
+        rows = sorted({*rows})
+        model, generators = self.model, self.generators()
+        training, states = model.training, generators.get()
+        model.eval()
+        try:
+            self.loss(model(x[rows]), targets[rows])
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"validation does not suit model and loss: {error}") from error
+        finally:
+            model.train(training)
+            generators.set(states)
 
     def step(self, x: Array, targets: Array, weights: Array | None = None) -> None:
         """One batch."""
@@ -224,6 +247,12 @@ class Run:
                     f"checkpoint {path!r} is of another training: its {name} is {theirs.get(name)}, "
                     f"and here it is {mine[name]}"
                 )
+        at_start, now = float(notes["lr"]), float(found.optimizer["lr"])
+        if self.lr != at_start and (self.lr != now or self.schedule is not None):
+            raise ValueError(
+                f"checkpoint {path!r} is of another training: its learning rate is {at_start:g}, and here it is "
+                f"{self.lr:g}; resume with the same, and change it by schedule or in after_step"
+            )
         self.optimizer.load_state_dict(found.optimizer)
         self.model.load_state_dict(found.model)
         self.generators().set(notes["random"])
@@ -243,6 +272,7 @@ class File:
         self._run, self._path = run, path
         self._every = None if every is None else checks.positive("checkpoint_every", every)
         self._saved = -1  # the step
+        self._made = False  # by this call
         if path is None:
             if every is not None or checks.flag("resume", resume):
                 name = "resume" if resume else "checkpoint_every"
@@ -257,6 +287,7 @@ class File:
                 f"model has {least} numbers to train and only {there} in its state_dict, and must have them all there "
                 "for a checkpoint"
             )
+        checks.checkpoint_place(place)
         exists = os.path.exists(place)
         if exists and not checks.flag("resume", resume):
             raise FileExistsError(
@@ -268,6 +299,13 @@ class File:
             self._saved = run.history.steps
         else:
             self.save()
+            self._made = True
+
+    def take_back(self) -> None:
+        """Where this call fails before a step is done, its file would only stand in the corrected call's way."""
+        if self._made and self._run.history.steps == 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
 
     def save_if_due(self) -> None:
         """After a step."""
