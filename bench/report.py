@@ -1,7 +1,8 @@
 """A benchmark run as tables and a picture: python bench/report.py RUN.json
 
 Writes docs/figures/performance.png (time over floor, a bar for each library, a panel for each operation and layout) and
-the tables between the marks in docs/performance.md: the kernels' and the training steps', each if the run has them.
+the tables between the marks in docs/performance.md: the kernels', the training steps' and the scaler's, each if the run
+has them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 MARKS = {
     "kernels": ("<!-- table: bench/report.py -->", "<!-- end of table -->"),
     "training": ("<!-- training: bench/report.py -->", "<!-- end of training -->"),
+    "scaler": ("<!-- scaler: bench/report.py -->", "<!-- end of scaler -->"),
 }
 OPERATIONS = {"forward": "train forward", "normalize": "eval", "backward": "backward"}
 COLORS = {
@@ -38,6 +40,7 @@ TORCH_TARGETS = {"forward": (6, 2.5), "backward": (3, 2.5)}
 TRAINING_TARGETS = {
     (64,): {"torch": 2, "scikit-learn": 1}, (256, 256): {"torch": 1.2}, (512, 512, 512): {"torch": 1},
 }  # fmt: skip
+SCALER = {"fit": "fit", "partial_fit": "partial_fit, in {} chunks", "transform": "transform"}
 CALLED = ["torch", "jax", "NumPy"]  # they allocate their output, and are held against fastbn called; others, fastbn
 
 
@@ -52,12 +55,12 @@ class Run:
         self.cpu = run["machine_info"].get("cpu", {}).get("brand_raw", "unknown processor")
 
     def has_kernels(self) -> bool:
-        return any(c["table"] != "training" for c in self.cases)
+        return any(c["table"] not in ("training", "scaler") for c in self.cases)
 
     def of(self, table: str, **labels: object) -> list[dict]:
         """A table's cases that have these labels, by operation."""
         mine = [c for c in self.cases if c["table"] == table and all(c[k] == v for k, v in labels.items())]
-        order = [*OPERATIONS, "step"]
+        order = [*OPERATIONS, "step", *SCALER]
         return sorted(mine, key=lambda c: order.index(c["operation"]))
 
 
@@ -67,6 +70,7 @@ def main(path: str) -> None:
         write("kernels", lines(run))
         draw(run)
     write("training", training(run))
+    write("scaler", scaler(run))
 
 
 def write(marks: str, found: list[str]) -> None:
@@ -401,6 +405,22 @@ def training(run: Run) -> list[str]:
     heads += [f"{name} / fastbn (asked: at least)" for name in peers]
     heads += [f"{matmul} / {step}" for matmul, step in shares.items()]
     return [f"{machine(run, cases[0])}. Milliseconds a step, the least of a run.", "", *table(heads, rows)]
+
+
+def scaler(run: Run) -> list[str]:
+    """Calls of the scaler: milliseconds, and scikit-learn's time over ours."""
+    cases = run.of("scaler")
+    if not cases:
+        return []
+    names = ["fastbn", "scikit-learn"]
+    rows = [
+        [SCALER[c["operation"]].format(c["chunks"]), "×".join(map(str, c["shape"]))]
+        + [f"{c['ms'][name]:.3g}" if name in c["ms"] else "–" for name in names]
+        + [f"{ratio(c, 'scikit-learn', 'fastbn'):.2f}" if "scikit-learn" in c["ms"] else "–"]
+        for c in cases
+    ]
+    heads = ["call", "rows × features", *names, "scikit-learn / fastbn"]
+    return [f"{machine(run, cases[0])}. float32; milliseconds, the least of a run.", "", *table(heads, rows)]
 
 
 SECTIONS: dict[str, Callable[[Run], list[str]]] = {

@@ -4,8 +4,9 @@ Claims (Ba, Kiros and Hinton 2016, "Layer Normalization"). (a) Section 3: normal
 of its own features needs no batch: training and use are the same computation, for any batch size, one included.
 (b) Section 6.6, figure 6: on MNIST, an MLP with layer normalization is robust to the batch size, where one with batch
 normalization suffers from batches of 4: LN trains faster and ends lower in test error there. (c) Section 5.1, table 1:
-LN is invariant to a rescaling of the whole weight matrix and of a single row of data; BN is not to the latter. BN is
-invariant to a rescaling of one unit's weights; LN is not.
+both are invariant to a rescaling of the whole weight matrix and of all data; LN alone to a rescaling of a single row of
+data and to a re-centring of the weight matrix (one vector added to every unit's weights); BN alone to a rescaling of
+one unit's weights and to a re-centring of the data (one vector added to every row).
 
 Protocol: 4000 images of MNIST to learn from, 1000 to test on; 784-256-256-10 with ReLU, normalization before each ReLU
 (the paper: 784-1000-1000-10 and all of MNIST, with Adam); Adam at rate 0.001 for both batch sizes; the same rows in the
@@ -66,13 +67,16 @@ def train(model, images, batch, epochs, seed):
 
 
 def invariances(rows):
-    """Largest change of the first normalized layer's output, relative to its own size, when something is rescaled."""
+    """Largest change of the first normalized layer's output, relative to its own size, in the cases of table 1."""
     x, changes = rows.astype(np.float64), {}
+    vector = np.random.default_rng(1).standard_normal(x.shape[1])
     cases = {
         "all weights, times 3": lambda w, x: (3 * w, x),
+        "a vector added to every unit's weights": lambda w, x: (w + 0.1 * vector, x),
         "one unit's weights, times 3": lambda w, x: (np.where(np.arange(len(w))[:, None] == 5, 3 * w, w), x),
-        "one row of data, times 3": lambda w, x: (w, np.where(np.arange(len(x))[:, None] == 5, 3 * x, x)),
         "all data, times 3": lambda w, x: (w, 3 * x),
+        "a vector added to every row of data": lambda w, x: (w, x + vector),
+        "one row of data, times 3": lambda w, x: (w, np.where(np.arange(len(x))[:, None] == 5, 3 * x, x)),
     }
     for name, change in cases.items():
         apart = []
@@ -137,14 +141,16 @@ def main(report):
 
     changes = invariances(images.train[:128])
     report.table(
-        "Change of the normalized output, relative to its largest value, when something is rescaled",
+        "Change of the normalized output, relative to its largest value, when something is rescaled or shifted",
         ["", "LN", "BN"], [[name, *(f"{c:.0e}" for c in change)] for name, change in changes.items()],
     )  # fmt: skip
     small = {name: tuple(c < 1e-6 for c in change) for name, change in changes.items()}
     report.claim(
-        "The invariances are those of the paper's table 1: both to all weights and to all data; BN alone to one unit's "
-        "weights; LN alone to one row of data.",
-        list(small.values()) == [(True, True), (False, True), (True, False), (True, True)],
+        "The invariances are those of the paper's table 1: both to a rescaling of all weights and of all data; BN "
+        "alone to that of one unit's weights and to a shift of all data; LN alone to that of one row of data and to a "
+        "shift of all units' weights.",
+        list(small.values())
+        == [(True, True), (True, False), (False, True), (True, True), (False, True), (True, False)],
     )
     model = network("LN", 0).train()
     x = images.test[:50]

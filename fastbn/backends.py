@@ -293,7 +293,27 @@ def config() -> dict[str, Any]:
         "threads": num_threads() if in_use.has_threads() else 1,
         "threads because of": _why_threads(in_use),
         "openmp": in_use.openmp(),
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str:
+    """Which GPU serves arrays that lie on one, or why none does."""
+    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
+        return "simulated, for tests (NUMBA_ENABLE_CUDASIM=1)"
+    try:
+        import_module("numba_cuda")
+    except ImportError:
+        return "none: numba-cuda is not installed: pip install 'fastbn[cuda]'"
+    try:
+        cuda: Any = import_module("numba.cuda")
+        if cuda.is_available():
+            device = cuda.get_current_device()
+            name = device.name.decode() if isinstance(device.name, bytes) else device.name
+            return f"{name}, {device.MULTIPROCESSOR_COUNT} multiprocessors, for arrays that lie on it"
+        return f"none: {' '.join(str(cuda.cuda_error() or 'the driver finds no GPU').split())}"
+    except Exception as error:  # whatever a driver may say, it must not keep the rest from being shown
+        return f"none: {' '.join(str(error).split())}"
 
 
 def _why_threads(in_use: Any) -> str:

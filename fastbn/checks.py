@@ -832,7 +832,7 @@ def rows(name: str, x: Any) -> Array:
 def some_counted(layers: Any) -> None:
     """A re-estimation of statistics must have had a batch to take them of."""
     for bn in layers:
-        if bn.num_batches_tracked == 0:
+        if not np.any(bn.num_batches_tracked):
             raise ValueError(f"x has no batch that counts for {bn!r}, and must have one (see its nan_policy)")
 
 
@@ -1321,7 +1321,7 @@ def like_on_gpu(like: Any) -> None:
 def made(name: str, value: Any, kind: type) -> None:
     """An `instance`, and not its class, which has the same attributes."""
     if isinstance(value, type):
-        raise TypeError(f"{name} is the class {value.__name__} itself, and must be an object of a {kind.__name__}")
+        raise TypeError(f"{name} is the class {value.__name__} itself, and must be an instance of {kind.__name__}")
     instance(name, value, kind)
 
 

@@ -15,6 +15,10 @@ What the two networks have in common, and where they differ from scikit-learn's 
   batch_norm=True, one row to fit (`partial_fit` too) and batch_size=1 are refused.
 - Running statistics weigh a new batch by 0.1, and by 1/k while there have been fewer than 10 batches, so that what
   they start from is gone after the first. The running variance is the population's.
+- Ctrl-C is heard between two steps: the network is always that of a whole one. `fit` then warns and returns, as
+  MLPClassifier's does; `partial_fit` raises KeyboardInterrupt, so that the loop around it ends too.
+- What gives the network its form (`hidden_layer_sizes`, `activation`, `batch_norm`, `norm_position`,
+  `virtual_batch_size`, `dropout`) cannot change in a fit that goes on from another.
 - An integer `random_state` fixes everything, bit for bit, for any number of fastbn's threads.
 
 scikit-learn is imported here and nowhere else in fastbn.
@@ -34,6 +38,7 @@ from .ghost import GhostBatchNorm
 from .masked import masked_batch_norm_backward, masked_batch_norm_forward
 from .nn.activations import Activation, LeakyReLU
 from .nn.dropout import Dropout
+from .nn.interrupt import Interrupt
 from .nn.losses import MSELoss
 from .nn.optimizers import AdamW
 from .nn.run import gradients
@@ -73,6 +78,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 FLOATS = (np.float64, np.float32)
 ROWS = 4096  # that go through the network together in predict
+STRUCTURE = ("hidden_layer_sizes", "activation", "batch_norm", "norm_position", "virtual_batch_size", "dropout")
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -251,12 +257,29 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
         ------
         TypeError, ValueError
             Naming the argument, what it was and what it must be. Also where training ends in NaN or infinity.
+
+        Notes
+        -----
+        Ctrl-C ends training after the step at hand, with scikit-learn's warning; the epoch that it cuts short counts as
+        one, with the rows that were seen. A second Ctrl-C (or a KeyboardInterrupt where the program handles Ctrl-C
+        itself) in the middle of an epoch takes the network back to where that epoch began.
         """
         self._check_parameters()
-        again = self.warm_start and hasattr(self, "network_")
+        again = self.warm_start and self._goes_on()
         X, y = self._read(X, y, reset=not again)
         target = self._targets(y, again)
         return self._learn(X, y, target, sample_weight, again, incremental=False)
+
+    def _goes_on(self) -> bool:
+        """Whether there is a network to go on with, which must then be what the parameters say."""
+        if not hasattr(self, "network_"):
+            return False
+        checks.same_structure(self._structure_asked(), self._structure)
+        return True
+
+    def _structure_asked(self) -> dict[str, Any]:
+        asked = {name: getattr(self, name) for name in STRUCTURE}
+        return asked | {"hidden_layer_sizes": tuple(checks.hidden_layer_sizes(self.hidden_layer_sizes))}
 
     def _read(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
         raise NotImplementedError
@@ -283,35 +306,42 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
             weights = None if (weights == weights[0]).all() else weights * (len(weights) / weights.sum())
         if self.batch_norm:
             checks.enough_rows(len(X), self._batch_size(len(X)))
-        if not again:
-            self._start(X.dtype)
-        else:
-            X = X.astype(self._dtype, copy=False)
-        if target.dtype.kind == "f":
-            target = target.astype(self._dtype, copy=False)
-        if not (again and incremental):
-            self._optimizer = self._new_optimizer()
-            self._epoch = 0
-        self.n_iter_ = 0
-        self._unimproved = 0
-        held_out = None
-        if self.early_stopping and not incremental:
-            X, held_out, target, weights = self._split(X, y, target, weights)
-            if self.batch_norm:
-                checks.enough_rows(len(X), self._batch_size(len(X)))
-        try:
-            self._epochs(X, target, weights, held_out, 1 if incremental else self.max_iter)
-        except KeyboardInterrupt:
-            if incremental:
-                raise
+        interrupted = False
+        with Interrupt() as interrupt:
+            if not again:
+                self._start(X.dtype)
+            else:
+                X = X.astype(self._dtype, copy=False)
+            if target.dtype.kind == "f":
+                target = target.astype(self._dtype, copy=False)
+            if not (again and incremental):
+                self._optimizer = self._new_optimizer()
+                self._epoch = 0
+            self.n_iter_ = 0
+            self.loss_ = self.loss_curve_[-1] if self.loss_curve_ else float("nan")
+            self._unimproved = 0
+            held_out = None
+            if self.early_stopping and not incremental:
+                X, held_out, target, weights = self._split(X, y, target, weights)
+                if self.batch_norm:
+                    checks.enough_rows(len(X), self._batch_size(len(X)))
+            try:
+                self._epochs(X, target, weights, held_out, 1 if incremental else self.max_iter, interrupt)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                interrupt.closing = interrupted = True
+                if incremental:
+                    raise
+            finally:
+                for layer in self.network_.layers:
+                    layer.eval()
+                    if isinstance(layer, _BatchNorm):
+                        layer.row_weights = None
+            if self._best is not None:
+                self.network_.load_state_dict(self._best[1])
+        if interrupted:
             warnings.warn("Training interrupted by user.", stacklevel=3)
-        finally:
-            for layer in self.network_.layers:
-                layer.eval()
-                if isinstance(layer, _BatchNorm):
-                    layer.row_weights = None
-        if self._best is not None:
-            self.network_.load_state_dict(self._best[1])
         checks.finite_network(self.network_.state_dict())
         return self
 
@@ -341,6 +371,7 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
             width = size
         layers.append(nn.Linear(width, self.n_outputs_, init="glorot", rng=weights, dtype=dtype))
         self.network_ = nn.Sequential(*layers)
+        self._structure = self._structure_asked()
         self.t_ = 0
         self.loss_curve_: list[float] = []
         self.best_loss_: float | None = None
@@ -374,7 +405,10 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
         validation = X[test], y[test], None if weights is None else weights[test]
         return X[train], validation, target[train], None if weights is None else weights[train]
 
-    def _epochs(self, X: Array, target: Array, weights: Array | None, held_out: Any, epochs: int) -> None:
+    def _epochs(
+        self, X: Array, target: Array, weights: Array | None, held_out: Any, epochs: int, interrupt: Interrupt
+    ) -> None:
+        self._best = None
         network, optimizer, loss = self.network_, self._optimizer, self._new_loss()
         batches = nn.Batches(X, target, self._batch_size(len(X)), sample_weight=weights, rng=self._order)
         norms = [layer for layer in network.layers if isinstance(layer, _BatchNorm)]
@@ -383,18 +417,26 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
             "exponential": partial(exponential, gamma=self.learning_rate_decay),
             "cosine": partial(cosine, steps=self.max_iter),
         }[self.learning_rate]
-        self._best = None
         network.train()
         for _ in range(epochs):
             optimizer.lr = self.learning_rate_init * schedule(self._epoch)
             total, seen = 0.0, 0
-            for x, wanted, *row_weights in batches:
-                for norm in norms:
-                    norm.row_weights = row_weights[0] if row_weights else None
-                value, _ = gradients(network, loss, x, wanted, *row_weights)
-                total += len(x) * value
-                seen += len(x)
-                optimizer.step()
+            before = network.state_dict()
+            try:
+                for x, wanted, *row_weights in batches:
+                    for norm in norms:
+                        norm.row_weights = row_weights[0] if row_weights else None
+                    value, _ = gradients(network, loss, x, wanted, *row_weights)
+                    optimizer.step()
+                    total += len(x) * value
+                    seen += len(x)
+                    if interrupt.asked:
+                        break
+            except KeyboardInterrupt:  # in the middle of a step, perhaps
+                interrupt.closing = True
+                network.load_state_dict(before)
+                self._optimizer = self._new_optimizer()
+                raise
             self._epoch += 1
             self.n_iter_ += 1
             self.t_ += seen
@@ -402,7 +444,7 @@ class _BatchNormMLP(BaseEstimator):  # type: ignore[misc]
             self.loss_curve_.append(self.loss_)
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
-            if self._settled(held_out) and epochs > 1:
+            if (self._settled(held_out) and epochs > 1) or interrupt.asked:
                 return
         if epochs > 1 and self.learning_rate == "constant":  # a schedule has its end there
             warnings.warn(
@@ -492,7 +534,7 @@ _PARAMETERS = """hidden_layer_sizes : int or sequence of int
         network that was best there.
     validation_fraction : float
     warm_start : bool
-        Whether `fit` goes on from what an earlier one left.
+        Whether `fit` goes on from what an earlier one left, which must have had the same form of network.
     momentum, beta_1, beta_2, epsilon : float
         Of the solvers that have them.
     random_state : int, RandomState or None
@@ -505,7 +547,7 @@ _ATTRIBUTES = """network_ : fastbn.nn.Sequential
     n_features_in_, feature_names_in_
     n_outputs_ : int
     n_iter_ : int
-        Epochs of the last fit.
+        Epochs of the last fit, one that Ctrl-C cut short included.
     t_ : int
         Rows seen in training.
     loss_, best_loss_ : float
@@ -596,7 +638,7 @@ class BatchNormMLPClassifier(ClassifierMixin, _BatchNormMLP):  # type: ignore[mi
         self
         """
         self._check_parameters()
-        again = hasattr(self, "network_")
+        again = self._goes_on()
         classes = None if classes is None else unique_labels(classes)
         checks.classes(classes, self.classes_ if again else None)
         X, y = self._read(X, y, reset=not again)
@@ -655,6 +697,7 @@ class BatchNormMLPClassifier(ClassifierMixin, _BatchNormMLP):  # type: ignore[mi
             return weights
         if incremental:
             checks.class_weight_of_part(self.class_weight)
+        checks.class_weight(self.class_weight)
         of_classes: Array = compute_sample_weight(self.class_weight, y)
         return of_classes if weights is None else weights * of_classes
 
@@ -698,7 +741,7 @@ class BatchNormMLPRegressor(RegressorMixin, _BatchNormMLP):  # type: ignore[misc
         self
         """
         self._check_parameters()
-        again = hasattr(self, "network_")
+        again = self._goes_on()
         X, y = self._read(X, y, reset=not again)
         return self._partial(X, y, self._targets(y, again), sample_weight, again)
 

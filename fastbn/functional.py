@@ -128,6 +128,12 @@ def batch_norm(
     -----
     An empty batch gives an empty result and leaves the running statistics alone.
     """
+    if type(x) is not np.ndarray and checks.on_gpu(x):
+        return _gpu(num_threads).batch_norm(  # type: ignore[no-any-return]
+            x, running_mean, running_var, weight, bias, training=training, momentum=momentum, unbiased=unbiased,
+            nan_policy=nan_policy, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
+            residual=residual, out=out,
+        )  # fmt: skip
     if checks.flag("training", training):
         return train_forward(
             x, running_mean, running_var, weight, bias,
@@ -138,7 +144,7 @@ def batch_norm(
     checks.momentum(momentum)
     checks.flag("unbiased", unbiased)
     checks.nan_policy(nan_policy)
-    mean, var = _running(running_mean, running_var, layout.channels, update=False)
+    mean, var = _running(x, running_mean, running_var, layout.channels, update=False)
     slope = checks.activation(activation, negative_slope)
     return _normalize(
         x, source, layout, mean, var, weight, bias, eps, slope, residual, out, num_threads, keep=False
@@ -155,10 +161,16 @@ def train_forward(
     Without `keep` out may be x, and `saved` is then of no use. The third result: whether the batch counted, which an
     empty one does not, nor one that the `nan_policy` skips.
     """
+    if type(x) is not np.ndarray and checks.on_gpu(x):
+        return _gpu(num_threads).train_forward(  # type: ignore[no-any-return]
+            x, running_mean, running_var, weight, bias, momentum=momentum, unbiased=unbiased, nan_policy=nan_policy,
+            eps=eps, axis=axis, activation=activation, negative_slope=negative_slope, residual=residual, out=out,
+            keep=keep,
+        )  # fmt: skip
     source, layout = canonical("x", x, axis)
     rate = checks.momentum(momentum)
     checks.flag("unbiased", unbiased)
-    mean, var = _running(running_mean, running_var, layout.channels, update=True)
+    mean, var = _running(x, running_mean, running_var, layout.channels, update=True)
     checks.not_a_parameter(mean, var, weight, bias)
     slope = checks.activation(activation, negative_slope)
     if checks.nan_policy(nan_policy) == "raise" and source.size:
@@ -219,6 +231,11 @@ def batch_norm_forward(
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
     """
+    if type(x) is not np.ndarray and checks.on_gpu(x):
+        return _gpu(num_threads).batch_norm_forward(  # type: ignore[no-any-return]
+            x, weight, bias, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
+            residual=residual, out=out,
+        )  # fmt: skip
     source, layout = canonical("x", x, axis)
     slope = checks.activation(activation, negative_slope)
     return _forward(x, source, layout, weight, bias, eps, slope, residual, out, num_threads)
@@ -261,8 +278,13 @@ def batch_norm_eval_forward(
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
     """
+    if type(x) is not np.ndarray and checks.on_gpu(x):
+        return _gpu(num_threads).batch_norm_eval_forward(  # type: ignore[no-any-return]
+            x, running_mean, running_var, weight, bias, eps=eps, axis=axis, activation=activation,
+            negative_slope=negative_slope, residual=residual, out=out,
+        )  # fmt: skip
     source, layout = canonical("x", x, axis)
-    mean, var = _running(running_mean, running_var, layout.channels, update=False)
+    mean, var = _running(x, running_mean, running_var, layout.channels, update=False)
     slope = checks.activation(activation, negative_slope)
     return _normalize(
         x, source, layout, mean, var, weight, bias, eps, slope, residual, out, num_threads
@@ -305,7 +327,10 @@ def batch_norm_backward(
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
     """
-    checks.saved(saved, Saved)
+    checks.saved(saved, Saved, gpu=True)
+    if type(saved) is not Saved or (type(dy) is not np.ndarray and checks.on_gpu(dy)):
+        gpu = _gpu(num_threads)
+        return gpu.batch_norm_backward(dy, saved, out=out, out_residual=out_residual)  # type: ignore[no-any-return]
     x, layout, weight, bias = saved.x, saved.layout, saved.weight, saved.bias
     channels = layout.channels
     kernels, threads = backends.serving(num_threads)
@@ -320,6 +345,7 @@ def batch_norm_backward(
         gradient = dy
         dx = memory = np.empty(x.shape, x.dtype) if out is None else out
     else:
+        checks.one_side("x", x, {"out": out, "out_residual": out_residual})
         gradient = like("dy", dy, x, layout)
         memory, dx = output("out", out, x, layout)
         reads = {"dy": dy, "x": x, "weight": weight, "bias": bias, "y": saved.y}
@@ -346,10 +372,20 @@ def batch_norm_backward(
     return *gradients, finish(residual_memory, dresidual, layout)
 
 
-def _running(mean: Any, var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:
+def _gpu(num_threads: int | None) -> Any:
+    """The same functions for arrays on a GPU, where threads are not ours to count."""
+    from . import gpu
+
+    if num_threads is not None:
+        checks.threads("num_threads", num_threads)
+    return gpu
+
+
+def _running(x: Any, mean: Any, var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:
     """The running statistics, checked."""
     if backends.kernels().usual_statistics(mean, var, channels):
         return mean, var
+    checks.one_side("x", x, {"running_mean": mean, "running_var": var})
     return checks.running(mean, var, channels, update=update)
 
 
@@ -368,6 +404,7 @@ def _forward(
     else:
         others = {"x": given, "residual": residual, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
+        checks.one_side("x", x, {**others, "out": out})
         weight, bias = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
         residual = None if residual is None else like("residual", residual, x, layout)
         memory, y = output("out", out, x, layout)
@@ -394,6 +431,7 @@ def _normalize(
         others = {
             "x": given, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var,
         }  # fmt: skip
+        checks.one_side("x", x, {**others, "out": out})
         weight, bias = checks.parameter("weight", weight, channels), checks.parameter("bias", bias, channels)
         residual = None if residual is None else like("residual", residual, x, layout)
         memory, y = output("out", out, x, layout)

@@ -219,6 +219,10 @@ class BatchNorm:
         assert dx is not None
         return dx
 
+    def forget(self) -> None:
+        """Let go of what the last call left for `backward`, x among it."""
+        self._saved = None
+
     def _kept(self) -> Any:
         """What the last call left for `backward`."""
         checks.something_kept(self._saved)

@@ -139,6 +139,10 @@ def moments(x: Any, *, axis: int = 1, num_threads: int | None = None) -> Moments
     TypeError, ValueError
         Naming the argument, what it was and what it must be.
     """
+    if type(x) is not np.ndarray and checks.on_gpu(x):
+        from . import gpu
+
+        return gpu.moments(x, axis=axis)
     source, layout = canonical("x", x, axis)
     outer, channels, inner = layout[:3]
     mean, m2 = np.zeros(channels), np.zeros(channels)

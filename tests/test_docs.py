@@ -57,18 +57,17 @@ STOCK |= {"or", "the", "not", "of", "in", "to"}
 
 
 def test_every_message_is_tested_for_its_text():
-    """Of each error in checks.py and the trainer, three words that it always has (or all, of a shorter one) stand in some
-    test."""
+    """Of each error in checks.py and the trainer, three words that it always has (or all) are in some test."""
     tests = words(" ".join(path.read_text().replace("\\", "") for path in Path(__file__).parent.glob("test_*.py")))
     untested = []
     files = [PACKAGE / "checks.py", *sorted((PACKAGE / "nn").glob("*.py"))]
-    for path, line, pieces in ((path, *message) for path in files for message in messages(path)):
+    for place, line, pieces in ((file.name, *message) for file in files for message in messages(file)):
         said = [words(piece).split() for piece in pieces]
         n = min(3, max(map(len, said)))
         windows = [" ".join(piece[i : i + n]) for piece in said for i in range(len(piece) - n + 1)]
         windows = [window for window in windows if not set(window.split()) <= STOCK] or windows
         if not any(window in tests for window in windows):
-            untested.append(f"{path.name}:{line}: {' … '.join(pieces)}")
+            untested.append(f"{place}:{line}: {' … '.join(pieces)}")
     assert not untested, "\n".join(untested)
 
 

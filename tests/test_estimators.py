@@ -1,6 +1,7 @@
 """The estimators: scikit-learn's own checks, what options do, weights, streams, and the scaler."""
 
 import pickle
+import signal
 import threading
 from itertools import pairwise
 
@@ -265,6 +266,98 @@ def test_ctrl_c_leaves_a_network_that_works(monkeypatch):
     assert model.n_iter_ == 3 and model.predict(x).shape == (200,) and not model.network_.layers[1].training
 
 
+def ctrl_c_in_step(monkeypatch, number, press=lambda: signal.raise_signal(signal.SIGINT)):
+    """In the middle of that step of Adam, counted from 1, with a weight that is not yet what it will be."""
+    update, steps = nn.Adam.step, []
+
+    def step(self):
+        steps.append(1)
+        if len(steps) == number:
+            self.model.layers[0].weight += 1
+            press()
+            self.model.layers[0].weight -= 1
+        update(self)
+
+    monkeypatch.setattr(nn.Adam, "step", step)
+    return steps
+
+
+ONE_EPOCH = {"batch_size": 50, "max_iter": 1, "random_state": 0}  # of four steps, on 200 rows
+
+
+@pytest.mark.parametrize("kind", [BatchNormMLPClassifier, BatchNormMLPRegressor])
+def test_ctrl_c_waits_for_the_step_and_counts_the_rows(monkeypatch, kind):
+    x, y = digits(200)
+    whole = kind(8, **ONE_EPOCH).fit(x, y)
+    for number in (1, 2, 6):  # in the first epoch and in the second
+        model = kind(8, **ONE_EPOCH).set_params(max_iter=50)
+        with monkeypatch.context() as patch:
+            steps = ctrl_c_in_step(patch, number)
+            with pytest.warns(UserWarning, match="Training interrupted by user"):
+                assert model.fit(x, y) is model
+        assert len(steps) == number == model._optimizer.steps and model.t_ == 50 * number
+        assert model.n_iter_ == len(model.loss_curve_) == (2 if number == 6 else 1)
+        assert model.loss_ == model.loss_curve_[-1] and np.isfinite(model.loss_)
+        assert model.best_loss_ == min(model.loss_curve_)
+        assert not any(layer.training for layer in model.network_.layers) and len(model.predict(x)) == 200
+        if number == 6:
+            assert model.loss_curve_[0] == whole.loss_
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_second_ctrl_c_takes_the_network_back_to_the_epochs_beginning(monkeypatch, epoch):
+    x, y = digits(200)
+    before = BatchNormMLPClassifier(8, **ONE_EPOCH)
+    if epoch == 1:  # as it began: one step that moves nothing
+        before.set_params(learning_rate_init=1e-30, batch_size=200)
+    before.fit(x, y)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    model = BatchNormMLPClassifier(8, **ONE_EPOCH).set_params(max_iter=50)
+    ctrl_c_in_step(monkeypatch, 4 * epoch - 1, twice)
+    with pytest.warns(UserWarning, match="interrupted"):
+        model.fit(x, y)
+    if epoch == 2:
+        same_state(model, before)
+        assert model.loss_ == before.loss_
+    else:
+        np.testing.assert_allclose(state(model)["0.weight"], state(before)["0.weight"], rtol=1e-6)
+        assert state(model)["1.running_mean"].max() == 0 and np.isnan(model.loss_)
+    assert model.n_iter_ == len(model.loss_curve_) == epoch - 1 and model._optimizer.steps == 0
+    assert len(model.predict(x)) == 200
+
+
+def test_ctrl_c_in_early_stopping_leaves_the_best_network(monkeypatch):
+    x, y = digits(200)
+    model = BatchNormMLPClassifier(8, **ONE_EPOCH, early_stopping=True).set_params(max_iter=50)
+    ctrl_c_in_step(monkeypatch, 9)
+    kept = []
+    load = nn.Sequential.load_state_dict
+    monkeypatch.setattr(nn.Sequential, "load_state_dict", lambda self, given: kept.append(given) or load(self, given))
+    with pytest.warns(UserWarning, match="interrupted"):
+        model.fit(x, y)
+    assert len(model.validation_scores_) == model.n_iter_ == 3
+    assert model.best_validation_score_ == max(model.validation_scores_) and kept == [model._best[1]]
+
+
+def test_ctrl_c_ends_the_loop_around_partial_fit(monkeypatch):
+    x, y = digits(200)
+    for press, steps, seen in [(1, 2, 100), (2, 0, 0)]:
+        model = BatchNormMLPClassifier(8, batch_size=50, random_state=0)
+        with monkeypatch.context() as patch:
+            ctrl_c_in_step(patch, 2, lambda press=press: [signal.raise_signal(signal.SIGINT) for _ in range(press)])
+            with pytest.raises(KeyboardInterrupt):
+                model.partial_fit(x, y, range(10))
+        assert model._optimizer.steps == steps and model.t_ == seen and model.n_iter_ == (steps > 0)
+        assert not model.network_.layers[1].training and np.isfinite(state(model)["0.weight"]).all()
+        model.partial_fit(x, y)
+        assert model._optimizer.steps == steps + 4
+
+
 def test_verbose_tells_each_epoch(capsys):
     BatchNormMLPClassifier(4, max_iter=2, verbose=True, early_stopping=True).fit(*digits(200))
     out = capsys.readouterr().out
@@ -285,6 +378,36 @@ def test_warm_start_goes_on():
     assert model.network_ is not network and model.loss_curve_[-1] == first
     with pytest.raises(ValueError, match=r"y has classes \[11\], and must have no others than \[0, 1"):
         model.set_params(warm_start=True).fit(x, np.where(y == 3, 11, y))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden_layer_sizes": (7,)},
+            r"hidden_layer_sizes is \(7,\), and must be \(4,\), as in the fit that this one",
+        ),
+        ({"activation": "tanh"}, "activation is 'tanh', and must be 'relu', as in the fit that this one continues"),
+        ({"batch_norm": False}, "batch_norm is False, and must be True"),
+        ({"norm_position": "after"}, "norm_position is 'after', and must be 'before'"),
+        ({"virtual_batch_size": 8}, "virtual_batch_size is 8, and must be None"),
+        ({"dropout": 0.5}, "dropout is 0.5, and must be 0.0"),
+    ],
+    ids=str,
+)
+def test_a_changed_network_is_not_gone_on_with(change, message):
+    x, y = digits(60)
+    for kind in (BatchNormMLPClassifier, BatchNormMLPRegressor):
+        model = kind(4, max_iter=1, warm_start=True, random_state=0).fit(x, y)
+        before = state(model)
+        model.set_params(hidden_layer_sizes=[4], solver="momentum", alpha=0.5).fit(x, y)  # the same network
+        with pytest.raises(ValueError, match=message):
+            model.set_params(**change).fit(x, y)
+        with pytest.raises(ValueError, match=message):
+            model.partial_fit(x, y)
+        assert model.t_ == 120 and state(model).keys() == before.keys()
+        model.set_params(warm_start=False).fit(x, y)
+        model.partial_fit(x, y)
 
 
 def test_partial_fit_learns_a_stream():
@@ -481,6 +604,22 @@ X, Y = np.eye(4), np.arange(4) % 2
         (
             lambda: BatchNormMLPClassifier(class_weight={0: 0, 1: 1}).fit(X, Y, [1, 0, 1, 0]),
             ValueError, "sample_weight, times class_weight, is zero for every row",
+        ),
+        (
+            lambda: BatchNormMLPClassifier(class_weight={0: -1.0, 1: 1.0}).fit(X, Y),
+            ValueError, r"class_weight\[0\] is -1.0, and must be at least 0 and finite",
+        ),
+        (
+            lambda: BatchNormMLPClassifier(class_weight={0: 1, 1: np.nan}).fit(X, Y, [1, 2, 3, 4]),
+            ValueError, r"class_weight\[1\] is nan, and must be at least 0 and finite",
+        ),
+        (
+            lambda: BatchNormMLPClassifier(class_weight={0: np.inf, 1: 1}).partial_fit(X, Y, [0, 1]),
+            ValueError, r"class_weight\[0\] is inf, and must be at least 0 and finite",
+        ),
+        (
+            lambda: BatchNormMLPClassifier(class_weight={"a": "b"}).fit(X, np.array(["a", "c"])[Y]),
+            TypeError, r"class_weight\['a'\] is 'b', and must be a number",
         ),
         (lambda: BatchNormMLPClassifier().partial_fit(X, Y), ValueError, "classes is None, and must be all classes"),
         (lambda: BatchNormMLPClassifier().partial_fit(X, Y, [0, 2]), ValueError, r"y has classes \[1\]"),

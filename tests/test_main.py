@@ -142,8 +142,8 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path):
     assert "images" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    # Python run with -m ends by the signal itself, which a shell counts as 130, too, where KeyboardInterrupt went through
-    # code compiled from a string (a dataclass that is just being made) before it was caught.
+    # Run with -m, Python ends by the signal itself (which a shell counts as 130, too) where KeyboardInterrupt went
+    # through code compiled from a string, a dataclass that is just being made, before it was caught.
     assert process.returncode in (130, -signal.SIGINT), error
     assert "Traceback" not in error and error.endswith("fastbn: interrupted\n")
     assert os.listdir(tmp_path) == []

@@ -170,7 +170,7 @@ def test_generators_are_found_once_and_set_in_place():
         ({"targets": problem()[1][:90].astype(np.int16)}, "its targets is int64.*int16"),
         ({"validation": None}, "its validation is .*, and here it is None"),
         ({"sample_weight": np.ones(90)}, "its sample_weight is None"),
-        ({"loss": nn.MSELoss()}, "its loss is SoftmaxCrossEntropy, and here it is MSELoss"),
+        ({"loss": nn.MSELoss(), "validation": None}, "its loss is SoftmaxCrossEntropy, and here it is MSELoss"),
         ({"optimizer": nn.RMSprop}, "its optimizer is Adam .*, and here it is RMSprop"),
         ({"optimizer": partial(nn.Adam, eps=1e-3)}, "its optimizer is .*1e-08.*0.001"),
         ({"shared": False}, "its random generators is .*PCG64 0.*PCG64 1"),
@@ -188,6 +188,44 @@ def test_another_training_is_refused(change, message, tmp_path):
     for name, array in other.model.state_dict().items():
         np.testing.assert_array_equal(array, state[name])
     np.testing.assert_equal(Generators(other.rng).get(), draws)
+
+
+@pytest.mark.parametrize("schedule", [None, partial(exponential, gamma=0.9)], ids=["", "schedule"])
+def test_another_learning_rate_is_refused(schedule, tmp_path):
+    """Neither the file's nor the one that is given would be what everyone expects."""
+    path = tmp_path / "a"
+    Training(schedule=schedule).stop_at(6, checkpoint=path)
+    before = path.read_bytes()
+    other = Training(schedule=schedule, optimizer=lambda model, lr: nn.Adam(model, 0.5))
+    state = other.model.state_dict()
+    with pytest.raises(ValueError, match=r"its learning rate is 0.02, and here it is 0.5; resume with the same"):
+        other.fit(checkpoint=path, resume=True)
+    assert path.read_bytes() == before and other.optimizer.lr == 0.5 and other.optimizer.steps == 0
+    for name, array in other.model.state_dict().items():
+        np.testing.assert_array_equal(array, state[name])
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.002], ids=["that at the start", "the checkpoint's"])
+def test_a_learning_rate_that_after_step_changed(rate, tmp_path):
+    """The one that goes on is the checkpoint's."""
+
+    def slower(training, die=None):
+        def after_step(step):
+            if step == 4:
+                training.optimizer.lr = 0.002
+            if step == die:
+                raise StopIteration
+
+        return after_step
+
+    straight, first = Training(schedule=None), Training(schedule=None)
+    straight.fit(after_step=slower(straight))
+    with pytest.raises(StopIteration):
+        first.fit(after_step=slower(first, 8), checkpoint=tmp_path / "a")
+    second = Training(schedule=None, optimizer=lambda model, lr: nn.Adam(model, rate))
+    second.fit(after_step=slower(second), checkpoint=tmp_path / "a", resume=True)
+    same(second, straight)
+    assert second.optimizer.lr == 0.002
 
 
 @pytest.mark.parametrize(
@@ -227,7 +265,7 @@ def test_damaged_files_are_refused(tmp_path):
     good = path.read_bytes()
     for end in (*range(0, len(good), len(good) // 15), len(good) - 1):
         path.write_bytes(good[:end])
-        with pytest.raises(ValueError, match="a' is damaged"):
+        with pytest.raises(ValueError, match="a' is damaged, or no safetensors file: "):
             Training().fit(checkpoint=path, resume=True)
     for place in (*range(8, len(good), len(good) // 100), len(good) - 1):
         bad = bytearray(good)
@@ -235,6 +273,8 @@ def test_damaged_files_are_refused(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"a' is (damaged|a safetensors file, but no checkpoint|a checkpoint of)"):
             nn.Checkpoint.load(path)
+    with pytest.raises(ValueError, match="a' is damaged: its contents do not have the checksum that they were saved"):
+        nn.Checkpoint.load(path)  # of another last number
     path.write_bytes(good)
     nn.Checkpoint.load(path)
 
@@ -251,9 +291,70 @@ def test_other_files_are_refused(tmp_path):
         nn.Checkpoint.load(path)
     with pytest.raises(FileNotFoundError):
         nn.Checkpoint.load(tmp_path / "none")
-    for place in (tmp_path / "none" / "a", tmp_path):
-        with pytest.raises(OSError):
-            Training().fit(checkpoint=place, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_places_that_cannot_be_a_file(tmp_path, resume):
+    """And nobody is told to remove them."""
+    with pytest.raises(IsADirectoryError, match=r"checkpoint '.*' is a folder, and must be a file$"):
+        Training().fit(checkpoint=tmp_path, resume=resume)
+    with pytest.raises(FileNotFoundError, match=r"none.a' needs the folder '.*none', which must exist$"):
+        Training().fit(checkpoint=tmp_path / "none" / "a", resume=resume)
+    with pytest.raises(OSError, match=r"is a device or the like, and must be an ordinary file$"):
+        Training().fit(checkpoint=os.devnull, resume=resume)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": problem()[0][:90].astype(np.float64)},
+        {"targets": problem()[1][:90] + 1},
+        {"validation": (problem()[0], problem()[1] + 1)},
+        {"schedule": lambda step: "0.9"},
+    ],
+    ids=["dtype", "labels", "validation", "schedule"],
+)
+def test_a_call_that_fails_at_once_is_not_in_the_next_ones_way(wrong, tmp_path):
+    for resume in (False, True):
+        with pytest.raises((TypeError, ValueError)):
+            Training(**wrong).fit(checkpoint=tmp_path / "a", resume=resume)
+        assert os.listdir(tmp_path) == []
+        same(Training().fit(checkpoint=tmp_path / "a", resume=resume), Training().fit())
+        (tmp_path / "a").unlink()
+
+
+class Interrupted(nn.Linear):
+    """Ctrl-C in the middle of training steps, so many times."""
+
+    times = 0
+
+    def __call__(self, x):
+        if self.training and self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+        return super().__call__(x)
+
+
+def test_what_an_earlier_call_left_stays(tmp_path, monkeypatch):
+    """What Ctrl-C left, also of no step; and also where the next call fails before it has done one."""
+    one, other = Training(), Training()
+    for training in (one, other):
+        training.model.layers[0].__class__ = Interrupted
+    one.model.layers[0].times = 1
+    one.fit(checkpoint=tmp_path / "a")
+    assert one.history.interrupted and one.history.steps == 0
+    before = (tmp_path / "a").read_bytes()
+
+    def fails(*_):
+        raise StopIteration
+
+    monkeypatch.setattr(nn.SoftmaxCrossEntropy, "backward", fails)
+    with pytest.raises(StopIteration):
+        Training().fit(checkpoint=tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a"]
+    with pytest.raises(StopIteration):
+        other.fit(checkpoint=tmp_path / "a", resume=True)
+    assert (tmp_path / "a").read_bytes() == before
 
 
 def test_without_safetensors(tmp_path, monkeypatch):

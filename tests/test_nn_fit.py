@@ -133,14 +133,118 @@ def test_a_schedule_goes_on_from_call_to_call():
         ({"resume": True}, ValueError, "checkpoint is None, and must be a path where resume is given"),
         ({"checkpoint_every": 3}, ValueError, "checkpoint is None.*checkpoint_every"),
         ({"checkpoint": 3}, TypeError, "path is a int"),
+        ({"validation": problem()[:1]}, TypeError, r"validation is a tuple of 1, and must be a pair: \(x, targets\)"),
+        ({"validation": 0.1}, TypeError, "validation is a float, and must be a pair"),
+        ({"validation": problem()[0][:2]}, TypeError, "validation is a ndarray, and must be a pair"),
+        ({"loss": nn.SoftmaxCrossEntropy}, TypeError, r"loss is <class .*, and must be a loss, as nn.MSELoss\(\) is"),
+        ({"loss": "mse"}, TypeError, "loss is 'mse', and must be a loss"),
+        ({"schedule": 0.9}, TypeError, "schedule is 0.9, and must be something that can be called, or None"),
+        ({"after_step": 3}, TypeError, "after_step is 3, and must be something that can be called"),
+        ({"optimizer": nn.SGD}, TypeError, "optimizer is the class SGD itself, and must be an instance of Optimizer"),
+        ({"optimizer": "sgd"}, TypeError, "optimizer is a str, and must be a Optimizer"),
+        ({"model": [nn.Linear(6, 4)]}, TypeError, "model is a list, and must be a Layer"),
+        ({"model": nn.Linear}, TypeError, "model is the class Linear itself, and must be an instance of Layer"),
     ],
 )
 def test_errors(options, error, message):
     model = network()
     before = model.state_dict()
     with pytest.raises(error, match=message):
-        nn.fit(model, *problem(), still(model), **options)
+        nn.fit(options.pop("model", model), *problem(), options.pop("optimizer", still(model)), **options)
     same_state(model, before)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    """It would train that one's parameters, by gradients that nobody computes; one of a part trains the part."""
+    model, other = network(), network()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="optimizer is a SGD of another model, and must be one of this model"):
+        nn.fit(model, *problem(), nn.SGD(other, 0.1))
+    same_state(model, before)
+    nn.fit(model, *problem(), nn.SGD(model.layers[-1], 0.1))
+    after = model.state_dict()
+    changed = {name for name in after if (after[name] != before[name]).any()}
+    last = f"{len(model.layers) - 1}."
+    assert {name for name in changed if not name.endswith(("running_mean", "running_var", "tracked"))} == {
+        last + "weight", last + "bias",
+    }  # fmt: skip
+
+
+def with_label(label):
+    x, labels = problem()
+    labels[250] = label
+    return x, labels
+
+
+@pytest.mark.parametrize(
+    ("validation", "error", "message"),
+    [
+        ((problem()[0].astype(np.float64), problem()[1]), TypeError, "x has dtype float64, and must have"),
+        ((problem()[0][:, :5], problem()[1]), ValueError, r"x has shape \(.*, 5\)"),
+        (with_label(4), ValueError, "labels goes from 0 to 4"),
+        (with_label(-1), ValueError, "labels goes from -1 to 3"),
+        ((problem()[0], problem()[1].astype(float)), TypeError, "labels has dtype float64"),
+    ],
+    ids=["dtype", "width", "label too large", "label too small", "no label"],
+)
+def test_validation_is_refused_before_the_first_step(validation, error, message):
+    model = network().eval()
+    before = model.state_dict()
+    with pytest.raises(error, match=f"validation does not suit model and loss: {message}"):
+        nn.fit(model, *problem(), nn.SGD(model, 0.1), validation=validation)
+    same_state(model, before)
+    assert not model.training
+
+
+def test_trying_the_validation_draws_no_random_numbers():
+    """Not even of a loss that draws them at every call."""
+
+    class Noisy(nn.MSELoss):
+        def __init__(self):
+            super().__init__()
+            self.rng = np.random.default_rng(0)
+
+        def __call__(self, outputs, targets):
+            return super().__call__(outputs, targets + self.rng.standard_normal(targets.shape))
+
+    x = problem()[0]
+    models = [nn.Linear(6, 6, rng=0) for _ in range(2)]
+    for model, validation in zip(models, (None, (x, x)), strict=True):
+        nn.fit(model, x, x, nn.SGD(model, 0.1), loss=Noisy(), rng=0, validation=validation)
+    same_state(models[0], models[1].state_dict())
+
+
+def test_validation_by_the_batchs_own_statistics():
+    """A layer that has no others cannot be tried on one row."""
+    x, labels = problem()
+    model = nn.Sequential(nn.Linear(6, 4, rng=0), nn.BatchNorm(4, track_running_stats=False))
+    # The least and the greatest label are both the first row's.
+    history = nn.fit(model, x, labels * 0, still(model), validation=(x, labels * 0))
+    assert len(history.validation_losses) == 1
+
+
+def test_a_last_batch_of_one_row_is_left_out_without_batch_norm_too():
+    x, labels = problem()
+    model = nn.Linear(6, 4)
+    assert nn.fit(model, x[:65], labels[:65], still(model), batch_size=64).steps == 1
+
+
+@pytest.mark.parametrize(("bad", "rate", "epoch"), [(np.nan, 0.1, 1), (None, 1e30, 1), (None, 0.1, 3)])
+def test_a_loss_that_is_not_a_number_is_told_once(bad, rate, epoch):
+    x, labels = problem()
+    if bad is not None:
+        x[7, 2] = bad
+    model = network()
+    with (
+        np.errstate(all="ignore"),
+        pytest.warns(RuntimeWarning, match=rf"epoch {epoch} is (nan|inf): look for NaN .* in x .*, lower the") as told,
+    ):
+        history = nn.fit(
+            model, x, labels, nn.SGD(model, rate), epochs=5, rng=0,
+            schedule=lambda step: 1 if step < 15 or epoch == 1 else 1e30,
+        )  # fmt: skip
+    assert len(told) == 1 and told[0].filename == __file__
+    assert np.isfinite(history.losses).tolist() == [True] * (epoch - 1) + [False] * (6 - epoch)
 
 
 # ---- the bar ----
@@ -277,7 +381,7 @@ def test_a_ctrl_c_that_nobody_answers_is_raised_in_the_end():
 
 def test_a_diverged_model_is_not_returned():
     model = network()
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), pytest.warns(RuntimeWarning, match="the mean loss of epoch 1 is nan"):
         history = nn.fit(
             model, *problem(), nn.SGD(model, 1e30), rng=0, epochs=3, after_step=at(12, interrupt)
         )  # fmt: skip

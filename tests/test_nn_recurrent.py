@@ -320,6 +320,25 @@ def test_update_bn_finds_the_sequence_wise_norm():
     assert layer.momentum == layer.input_norm.momentum == 0.1
 
 
+@pytest.mark.parametrize("kind", ["RNN sum", "LSTM recurrent"])
+def test_update_bn_finds_each_steps_norms(kind):
+    """The plain average over batches, step by step; a failure changes nothing."""
+    layer, other = layer_of(kind, batch_first=True), layer_of(kind, batch_first=True, momentum=None)
+    x = sequences(shape=(20, STEPS, INPUT))
+    layer(x[::-1])
+    for half in (x[:10], x[10:]):
+        other(half)
+    nn.update_bn(nn.Sequential(layer, nn.LastStep(batch_first=True)), x, batch_size=10)
+    for name, array in other.state_dict().items():
+        np.testing.assert_array_equal(layer.state_dict()[name], array)
+    assert layer.momentum == 0.1
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match="steps"):
+        nn.update_bn(layer, sequences(shape=(20, STEPS + 1, INPUT)))
+    for name, array in before.items():
+        np.testing.assert_array_equal(layer.state_dict()[name], array)
+
+
 def test_an_untrained_layer_normalizes_by_mean_0_and_variance_1():
     layer, x = layer_of("RNN sum").eval(), sequences()
     expected, _ = by_the_formulas(layer, x, np.zeros((BATCH, HIDDEN)), steps=1)

@@ -242,10 +242,37 @@ def test_accuracy_restores_the_mode_and_checks():
     one = nn.accuracy(model, x, labels, batch_size=64)
     assert model.training and model.layers[1].training and model.layers[1].num_batches_tracked == 0
     assert one == nn.accuracy(model.eval(), x, labels) and not model.training
-    with pytest.raises(ValueError, match="x has 400 rows and labels 399"):
+    with pytest.raises(ValueError, match=r"labels has shape \(399,\), and must have shape \(400,\): one a row of x"):
         nn.accuracy(model, x, labels[1:])
-    with pytest.raises(ValueError, match="x has 0 rows"):
+    with pytest.raises(ValueError, match=r"x has shape \(0, 6\), and must have at least one row"):
         nn.accuracy(model, x[:0], labels[:0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda labels: labels[:, None], ValueError, r"labels has shape \(400, 1\)"),
+        (lambda labels: np.eye(4, dtype=int)[labels], ValueError, r"labels has shape \(400, 4\)"),
+        (lambda labels: labels.astype(str), TypeError, "labels has dtype <U.*, and must be integers: the numbers of"),
+        (lambda labels: labels.astype(float), TypeError, "labels has dtype float64"),
+    ],
+    ids=["column", "one-hot", "str", "float"],
+)
+def test_accuracy_takes_labels_alone(change, error, message):
+    x, labels = problem()
+    with pytest.raises(error, match=message):
+        nn.accuracy(network(), x, change(labels))
+
+
+def test_accuracy_takes_logits_of_classes_alone():
+    x, labels = problem()
+    model = nn.Linear(6, 1)
+    with pytest.raises(ValueError, match=r"model gives outputs of shape \(400, 1\), and must give one logit a class"):
+        nn.accuracy(model, x, labels)
+    with pytest.raises(ValueError, match=r"model gives outputs of shape \(400, 2, 3\)"):
+        nn.accuracy(nn.ReLU(), x.reshape(400, 2, 3), labels)
+    assert model.training
+    assert nn.accuracy(network(), x, labels.tolist()) == nn.accuracy(network(), x, labels.astype(np.uint8))
 
 
 def test_fit_errors():

@@ -101,14 +101,14 @@ class Recurrent(Layer):
             checks.enough_values(batch, x.shape)
         self._last = None
         last = self._open(x, steps, batch, initial)
-        for norm in self._step_norms():
+        for norm in self.step_norms():
             norm.forget()
         self._input_terms(last)
         for t in range(len(last.z)):
             self._hidden_term(last, t)
             self._cell(last, t)
         if self.training:
-            for norm in self._step_norms():
+            for norm in self.step_norms():
                 norm.track()
         self._last = last
         return self._as_given(last.h[1:])
@@ -202,7 +202,7 @@ class Recurrent(Layer):
             last.dr = last.da = self._lend("dr", steps, batch, width)
         if self.hidden_norm is not None:
             last.da = self._lend("da", steps, batch, width)
-        for norm in self._step_norms():
+        for norm in self.step_norms():
             norm.start_backward()
         # grad_hidden[t] is of the state after step t; what is left after step 0 goes to h0.
         self.grad_hidden = dh = self._lend("dh", steps, batch, self.hidden_size)
@@ -313,7 +313,8 @@ class Recurrent(Layer):
             if norm is not None:
                 yield place, norm
 
-    def _step_norms(self) -> list[StepNorm]:
+    def step_norms(self) -> list[StepNorm]:
+        """Those with statistics for each step."""
         return [norm for _, norm in self._norms() if isinstance(norm, StepNorm)]
 
     # ---- small things ----

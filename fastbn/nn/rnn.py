@@ -65,9 +65,7 @@ class RNN(Recurrent):
 
     Notes
     -----
-    All sequences of a batch have the same length: there is no mask for padding. `update_bn` estimates the statistics
-    of "input" anew; for the others set ``momentum = None``, call `reset_running_stats` and then the layer, in training
-    mode, on some batches.
+    All sequences of a batch have the same length: there is no mask for padding.
 
     References
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from .. import checks, layers
 from ..pieces import parts
 from .layer import Layer
+from .recurrent import Recurrent
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -21,7 +23,8 @@ def update_bn(model: Layer, x: Array, *, batch_size: int = 1000) -> None:
     the weight on the last few. Here the network, as it is now, goes through x in batches, in training mode; afterwards
     each BatchNorm's running mean and variance are the plain averages of its batches' (``momentum=None``). Parameters
     are not touched; momenta and modes are then as they were. BatchNorms that are frozen, or have no running statistics,
-    are passed over; a network without any other is left alone.
+    are passed over; a network without any other is left alone. In recurrent layers each time step's statistics are
+    estimated anew, too.
 
     Parameters
     ----------
@@ -52,12 +55,13 @@ def update_bn(model: Layer, x: Array, *, batch_size: int = 1000) -> None:
     x = checks.rows("x", x)
     batch_size = checks.positive("batch_size", batch_size)
     every = list(_walk(model))
-    norms = [layer for layer in every if isinstance(layer, layers.BatchNorm) and layer.trainable]
+    norms: list[Any] = [layer for layer in every if isinstance(layer, layers.BatchNorm) and layer.trainable]
     norms = [bn for bn in norms if bn.track_running_stats]
+    norms += [norm for layer in every if isinstance(layer, Recurrent) for norm in layer.step_norms()]
     if not norms:
         return
     modes = [(layer, layer.training) for layer in every]
-    before = [(bn, bn.momentum, bn.running_mean, bn.running_var, bn.num_batches_tracked) for bn in norms]
+    before = [(bn, bn.momentum, copy.copy(bn.num_batches_tracked)) for bn in norms]
     copies = [(np.array(bn.running_mean), np.array(bn.running_var)) for bn in norms]
     try:
         for bn in norms:
@@ -68,15 +72,14 @@ def update_bn(model: Layer, x: Array, *, batch_size: int = 1000) -> None:
             model(x[part])
         checks.some_counted(norms)
     except BaseException:
-        for (bn, _, mean, var, count), (old_mean, old_var) in zip(before, copies, strict=True):
-            assert mean is not None and var is not None
-            mean[...], var[...] = old_mean, old_var
+        for (bn, _, count), (mean, var) in zip(before, copies, strict=True):
+            bn.running_mean[...], bn.running_var[...] = mean, var
             bn.num_batches_tracked = count
         raise
     finally:
         for bn, momentum, *_ in before:
             bn.momentum = momentum
-            bn._saved = None
+            bn.forget()
         for layer, mode in modes:
             layer.training = mode
 
