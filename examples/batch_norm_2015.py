@@ -374,12 +374,12 @@ def from_larger_weights(report: Report, result: Sweep, seeds: int) -> None:
     for goal, expected in ((0.8, True), (0.9, False)):
         own, sooner = first(plain, goal), first(normalized, goal)
         report.claim(
-            f"From larger weights, too, it is at an accuracy of {goal:g} in less than half the steps, at the plain "
-            f"one's best rate (here {sooner or 'never'} with BN, {own or 'never'} without).",
+            f"From larger weights, too, the network with BN is at an accuracy of {goal:g} in less than half the steps, "
+            f"at the plain one's best rate (here {sooner or 'never'} with BN, {own or 'never'} without).",
             sooner is not None and (own is None or 2 * sooner < own), expected=expected,
         )  # fmt: skip
     report.claim(
-        "From larger weights, too, it ends higher, at that rate or at 5 times as much.",
+        "From larger weights, too, the network with BN ends higher, at that rate or at 5 times as much.",
         max(end(normalized), end(result.curve(True, 5))) > end(plain), expected=None,
     )  # fmt: skip
 

@@ -189,8 +189,8 @@ def main(report):
         expected=None,
     )
     report.claim(
-        "With BN and precise statistics (after update_bn) it is ahead at every mark.",
-        all(accuracy(PRECISE, mark) > accuracy("without BN", mark) for mark in marks),
+        "With BN and statistics estimated anew (after update_bn) it is ahead at every mark, or level to 0.01.",
+        all(accuracy(PRECISE, mark) > accuracy("without BN", mark) - 0.01 for mark in marks),
         expected=None,
     )
 
@@ -248,7 +248,7 @@ def draw(curves):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = {"with BN, NCHW": ("tab:blue", "-"), "with BN, NHWC": ("tab:cyan", ":"), "without BN": ("tab:gray", "--"),
-              PRECISE: ("navy", "-.")}  # fmt: skip
+              PRECISE: ("navy", "o-.")}  # fmt: skip
     for name, (losses, seen) in curves.items():
         color, style = styles[name]
         if name != PRECISE:  # its losses are those of the network it is a copy of

@@ -196,13 +196,15 @@ def test_another_learning_rate_is_refused(schedule, tmp_path):
     path = tmp_path / "a"
     Training(schedule=schedule).stop_at(6, checkpoint=path)
     before = path.read_bytes()
-    other = Training(schedule=schedule, optimizer=lambda model, lr: nn.Adam(model, 0.5))
-    state = other.model.state_dict()
-    with pytest.raises(ValueError, match=r"its learning rate is 0.02, and here it is 0.5; resume with the same"):
-        other.fit(checkpoint=path, resume=True)
-    assert path.read_bytes() == before and other.optimizer.lr == 0.5 and other.optimizer.steps == 0
-    for name, array in other.model.state_dict().items():
-        np.testing.assert_array_equal(array, state[name])
+    scheduled = float(nn.Checkpoint.load(path).optimizer["lr"])  # what it came to, and no start either
+    for rate in (0.5, scheduled) if schedule else (0.5,):
+        other = Training(schedule=schedule, optimizer=lambda model, lr, rate=rate: nn.Adam(model, rate))
+        state = other.model.state_dict()
+        with pytest.raises(ValueError, match=f"learning rate is 0.02, and here it is {rate:g}; resume with the same"):
+            other.fit(checkpoint=path, resume=True)
+        assert path.read_bytes() == before and other.optimizer.lr == rate and other.optimizer.steps == 0
+        for name, array in other.model.state_dict().items():
+            np.testing.assert_array_equal(array, state[name])
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.002], ids=["that at the start", "the checkpoint's"])

@@ -188,12 +188,13 @@ def with_label(label):
     ids=["dtype", "width", "label too large", "label too small", "no label"],
 )
 def test_validation_is_refused_before_the_first_step(validation, error, message):
-    model = network().eval()
-    before = model.state_dict()
-    with pytest.raises(error, match=f"validation does not suit model and loss: {message}"):
-        nn.fit(model, *problem(), nn.SGD(model, 0.1), validation=validation)
-    same_state(model, before)
-    assert not model.training
+    for mode in (False, True):
+        model = network().train(mode)
+        before = model.state_dict()
+        with pytest.raises(error, match=f"validation does not suit model and loss: {message}"):
+            nn.fit(model, *problem(), nn.SGD(model, 0.1), validation=validation)
+        same_state(model, before)
+        assert {layer.training for layer in (model, *model.layers)} == {mode}
 
 
 def test_trying_the_validation_draws_no_random_numbers():
