@@ -208,7 +208,7 @@ def main(*, quick: bool, output: Path) -> None:
         f"MLP of {'×'.join(map(str, HIDDEN))} sigmoid units, batches of {BATCH}, SGD with learning rate {RATE:g}.\n"
         "Both networks start from the same weights and see the images in the same order.\n"
         f"On MNIST this is the best rate of 0.3, 1, 2, 3 and 5 for the network without BN. The weights start small "
-        f"(deviation {STD:g}),\nas in the paper; started larger, so small a network learns as soon without BN.",
+        f"(deviation {STD:g}),\nas in the paper; started larger, so small a network ends as high without BN.",
         flush=True,
     )
     with _one_blas_thread():
