@@ -340,11 +340,11 @@ def moments(count: int, mean: Array, m2: Array) -> None:
     """A count, and two vectors of as many channels."""
     if (m2 < 0).any():
         raise ValueError(f"m2 has {m2.min()}, and must be sums of squares: at least 0")
-    if count < 0 or mean.ndim != 1 or mean.shape != m2.shape:
-        raise ValueError(
-            f"count is {count}, mean has shape {mean.shape} and m2 {m2.shape}; "
-            "count must be at least 0, and both shapes (channels,)"
-        )
+    if not 0 <= count < 2**63:
+        said = str(count) if abs(count) < 2**99 else "a number of more than 99 bits"
+        raise ValueError(f"count is {said}, and must be from 0 to 2**63 - 1")
+    if mean.ndim != 1 or mean.shape != m2.shape:
+        raise ValueError(f"mean has shape {mean.shape} and m2 {m2.shape}, and both must have shape (channels,)")
 
 
 def enough_for_variance(count: int, needed: int) -> None:
@@ -384,9 +384,10 @@ def integer(name: str, value: Any) -> int:
 
 def features(x: Any, axis: int, num_features: int, *, gpu: bool = False) -> Array:
     """x as an array, which must have the layer's number of channels; left as it is on a GPU, if that is served."""
-    if type(x) is np.ndarray or not (gpu and on_gpu(x)):
+    there = gpu and type(x) is not np.ndarray and on_gpu(x)
+    if not there:
         x = data("x", x)
-    shape = x.shape
+    shape = device_interface("x", x)["shape"] if there else x.shape
     ndim = len(shape)
     if -ndim <= axis < ndim and shape[axis] != num_features:
         raise ValueError(f"x has shape {shape}, and must have {num_features} channels (num_features) along axis {axis}")
@@ -1236,8 +1237,10 @@ def counts(name: str, value: Any, mine: Array) -> Array:
 
 def on_gpu(x: Any) -> bool:
     """Whether an array lies on a GPU."""
+    if isinstance(x, type):  # which has the attribute, and no array
+        return False
     try:
-        return hasattr(x, "__cuda_array_interface__")
+        return getattr(x, "__cuda_array_interface__", None) is not None
     except Exception:  # it does, and will not say where; `device_interface` will tell why
         return True
 
@@ -1274,9 +1277,13 @@ def same_device(name: str, number: int | None, mine: int | None) -> None:
 
 def device_dtype(name: str, typestr: Any) -> np.dtype[Any]:
     """float16, float32 or float64."""
-    dtype: np.dtype[Any] = np.dtype(typestr)
-    if dtype not in (F16, F32, F64):
-        raise TypeError(f"{name} has dtype {dtype}, and must be float16, float32 or float64 on a GPU")
+    dtype: np.dtype[Any] | None
+    try:
+        dtype = np.dtype(typestr)
+    except (TypeError, ValueError, SyntaxError):
+        dtype = None
+    if dtype is None or dtype not in (F16, F32, F64):
+        raise TypeError(f"{name} has dtype {dtype or typestr}, and must be float16, float32 or float64 on a GPU")
     return dtype
 
 
@@ -1284,6 +1291,14 @@ def no_mask(name: str, mask: Any) -> None:
     """The interface's own idea of a masked array."""
     if mask is not None:
         raise TypeError(f"{name} is a masked array, whose mask would be ignored, and must have none")
+
+
+def aligned(name: str, address: int, dtype: np.dtype[Any]) -> None:
+    """The first element lies where a GPU can load it from."""
+    if address % dtype.itemsize:
+        raise ValueError(
+            f"{name} begins at the address {address:#x}, and must begin at a multiple of its itemsize {dtype.itemsize}"
+        )
 
 
 def whole_strides(name: str, strides: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -1306,7 +1321,29 @@ def device_interface(name: str, array: Any) -> Mapping[str, Any]:
         raise TypeError(
             f"{name} is a {_kind(array)} that must say where it lies, and does not ({error}){hint}"
         ) from None
+    if not isinstance(interface, Mapping):
+        raise TypeError(f"{name}.__cuda_array_interface__ is {interface!r}, and must be a dict")
+    shape: Any
+    strides: Any
+    data: Any
+    shape, strides, data = (interface.get(key) for key in ("shape", "strides", "data"))
+    if not _whole(shape) or min(shape, default=0) < 0:
+        _bad_interface(name, "shape", shape, "a tuple of integers of at least 0")
+    if not isinstance(interface.get("typestr"), str):
+        _bad_interface(name, "typestr", interface.get("typestr"), "a string, as '<f4'")
+    if not (isinstance(data, tuple) and len(data) == 2 and _whole(data) and isinstance(data[1], bool)):
+        _bad_interface(name, "data", data, "a tuple of an address and a bool")
+    if strides is not None and not (_whole(strides) and len(strides) == len(shape)):
+        _bad_interface(name, "strides", strides, "None or a tuple of integers, one an axis")
     return interface
+
+
+def _whole(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(isinstance(number, (int, np.integer)) for number in numbers)
+
+
+def _bad_interface(name: str, key: str, value: Any, must: str) -> None:
+    raise TypeError(f"{name}.__cuda_array_interface__ has {key} {value!r}, and must have {must}")
 
 
 def like_on_gpu(like: Any) -> None:

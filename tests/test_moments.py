@@ -159,6 +159,14 @@ def test_sum_and_bad_parts():
         ((2, np.ones(3), -np.ones(3)), ValueError, "m2 has -1.0, and must be sums of squares: at least 0"),
         ((2, ["a", "b"], np.ones(2)), TypeError, "mean has dtype <U1, and must be real numbers"),
         ((2.5, np.ones(3), np.ones(3)), TypeError, "count is 2.5, and must be an integer"),
+        ((-1, np.ones(3), np.ones(3)), ValueError, "count is -1, and must be from 0 to 2**63 - 1"),
+        ((2**63, np.ones(3), np.ones(3)), ValueError, "count is 9223372036854775808, and must be from 0 to 2**63 - 1"),
+        ((2**2000, np.ones(3), np.ones(3)), ValueError, "count is a number of more than 99 bits, and must be from 0"),
+        (
+            (2, np.ones(3), np.ones(2)),
+            ValueError,
+            "mean has shape (3,) and m2 (2,), and both must have shape (channels,)",
+        ),
     ],
 )
 def test_bad_parts(arguments, error, words):
