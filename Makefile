@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 KERNELS := fastbn/_kernels/cython_cpu
 SOURCES := setup.py pyproject.toml $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
 
-.PHONY: demo test sanitize experiments experiments-quick bench bench-save bench-compare bench-smoke lint peers clean
+.PHONY: demo test sanitize ptx experiments experiments-quick bench bench-save bench-compare bench-smoke lint peers clean
 
 demo: .venv/demo
 	$(BIN)/python -m fastbn demo
@@ -18,6 +18,12 @@ test: .venv/test
 # Memory errors and undefined behaviour in the kernels: all tests on a build with sanitizers, some under valgrind.
 sanitize: .venv/test
 	.ci/sanitize
+
+# The GPU's kernels compiled to PTX, looked at and interpreted. No GPU is needed, but numba-cuda and NVIDIA's compiler are:
+# an environment of their own, .venv/ptx. There nothing is passed over: what would be skipped fails.
+ptx: export FASTBN_TEST_PTX := 1
+ptx: .venv/ptx/done
+	.venv/ptx/bin/python -m pytest -q -o addopts=-ra -p no:cacheprovider tests/test_cuda.py -k compil
 
 # The literature's claims, tried: every table of docs/experiments.md and its picture, made anew. Quick: that each still finds the same.
 EXPERIMENTS := $(filter-out examples/_%.py examples/train_digits.py,$(wildcard examples/*.py))
@@ -81,6 +87,11 @@ peers: .venv/peers
 
 .venv/peers: .venv/test
 	$(PIP) install --group peers
+	@touch $@
+
+.venv/ptx/done: pyproject.toml
+	$(PYTHON) -m venv .venv/ptx
+	.venv/ptx/bin/python -m pip --disable-pip-version-check -q install 'numba-cuda[cu12]>=0.30' 'pytest>=8' 'hypothesis>=6.100' 'ml_dtypes>=0.5'
 	@touch $@
 
 clean:

@@ -219,6 +219,15 @@ def serving(asked: int | None = None) -> tuple[Any, int]:
     return chosen or _backend or kernels(), 1 if _forked else threads
 
 
+def gpu(num_threads: int | None) -> Any:
+    """The operations for arrays on a GPU, where threads are not ours to count: an argument is checked, and not used."""
+    from . import gpu
+
+    if num_threads is not None:
+        checks.threads("num_threads", num_threads)
+    return gpu
+
+
 def set_num_threads(n: int) -> None:
     """Choose the number of threads for the whole process.
 
@@ -308,10 +317,13 @@ def _gpu() -> str:
     try:
         cuda: Any = import_module("numba.cuda")
         if cuda.is_available():
-            device = cuda.get_current_device()
+            device = cuda.gpus[0]  # which, unlike the current device, is seen without a context
             name = device.name.decode() if isinstance(device.name, bytes) else device.name
             return f"{name}, {device.MULTIPROCESSOR_COUNT} multiprocessors, for arrays that lie on it"
-        return f"none: {' '.join(str(cuda.cuda_error() or 'the driver finds no GPU').split())}"
+        error = cuda.cuda_error()
+        if error is None:
+            return "none: the CUDA toolkit's libNVVM is not there: pip install 'fastbn[cuda]'"
+        return f"none: {' '.join(str(error).split())}"
     except Exception as error:  # whatever a driver may say, it must not keep the rest from being shown
         return f"none: {' '.join(str(error).split())}"
 

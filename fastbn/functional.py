@@ -80,6 +80,9 @@ def batch_norm(
 ) -> Array:
     """Normalize each channel: with the batch's statistics in training, with the running ones otherwise.
 
+    Arrays on a GPU (with a ``__cuda_array_interface__``) are taken too, of float16, float32 or float64: all of them
+    there, results of torch's or CuPy's kind as x is, and Numba's otherwise.
+
     Parameters
     ----------
     x : ndarray of float16, bfloat16 (of ml_dtypes), float32 or float64, 2 to 5 axes
@@ -129,7 +132,7 @@ def batch_norm(
     An empty batch gives an empty result and leaves the running statistics alone.
     """
     if type(x) is not np.ndarray and checks.on_gpu(x):
-        return _gpu(num_threads).batch_norm(  # type: ignore[no-any-return]
+        return backends.gpu(num_threads).batch_norm(  # type: ignore[no-any-return]
             x, running_mean, running_var, weight, bias, training=training, momentum=momentum, unbiased=unbiased,
             nan_policy=nan_policy, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
             residual=residual, out=out,
@@ -162,7 +165,7 @@ def train_forward(
     empty one does not, nor one that the `nan_policy` skips.
     """
     if type(x) is not np.ndarray and checks.on_gpu(x):
-        return _gpu(num_threads).train_forward(  # type: ignore[no-any-return]
+        return backends.gpu(num_threads).train_forward(  # type: ignore[no-any-return]
             x, running_mean, running_var, weight, bias, momentum=momentum, unbiased=unbiased, nan_policy=nan_policy,
             eps=eps, axis=axis, activation=activation, negative_slope=negative_slope, residual=residual, out=out,
             keep=keep,
@@ -212,6 +215,8 @@ def batch_norm_forward(
 ) -> tuple[Array, Saved]:
     """Normalize each channel with the batch's statistics, and keep what `batch_norm_backward` needs.
 
+    Arrays on a GPU are taken too, of float16, float32 or float64: see `batch_norm`.
+
     Parameters
     ----------
     x, weight, bias, eps, axis, activation, negative_slope, residual, num_threads
@@ -232,7 +237,7 @@ def batch_norm_forward(
         Naming the argument, what it was and what it must be.
     """
     if type(x) is not np.ndarray and checks.on_gpu(x):
-        return _gpu(num_threads).batch_norm_forward(  # type: ignore[no-any-return]
+        return backends.gpu(num_threads).batch_norm_forward(  # type: ignore[no-any-return]
             x, weight, bias, eps=eps, axis=axis, activation=activation, negative_slope=negative_slope,
             residual=residual, out=out,
         )  # fmt: skip
@@ -259,6 +264,7 @@ def batch_norm_eval_forward(
     """Normalize each channel with given statistics, and keep what `batch_norm_backward` needs.
 
     For fine-tuning with fixed statistics: the backward pass treats them as constants.
+    Arrays on a GPU are taken too, of float16, float32 or float64: see `batch_norm`.
 
     Parameters
     ----------
@@ -279,7 +285,7 @@ def batch_norm_eval_forward(
         Naming the argument, what it was and what it must be.
     """
     if type(x) is not np.ndarray and checks.on_gpu(x):
-        return _gpu(num_threads).batch_norm_eval_forward(  # type: ignore[no-any-return]
+        return backends.gpu(num_threads).batch_norm_eval_forward(  # type: ignore[no-any-return]
             x, running_mean, running_var, weight, bias, eps=eps, axis=axis, activation=activation,
             negative_slope=negative_slope, residual=residual, out=out,
         )  # fmt: skip
@@ -300,6 +306,8 @@ def batch_norm_backward(
     num_threads: int | None = None,
 ) -> tuple[Array | None, ...]:
     """The gradients of a loss with respect to x, weight, bias and, where there was one, residual.
+
+    After a forward pass on a GPU, dy must be there too, and so are the gradients: float16, float32 or float64.
 
     Parameters
     ----------
@@ -329,7 +337,7 @@ def batch_norm_backward(
     """
     checks.saved(saved, Saved, gpu=True)
     if type(saved) is not Saved or (type(dy) is not np.ndarray and checks.on_gpu(dy)):
-        gpu = _gpu(num_threads)
+        gpu = backends.gpu(num_threads)
         return gpu.batch_norm_backward(dy, saved, out=out, out_residual=out_residual)  # type: ignore[no-any-return]
     x, layout, weight, bias = saved.x, saved.layout, saved.weight, saved.bias
     channels = layout.channels
@@ -370,15 +378,6 @@ def batch_norm_backward(
     if residual_memory is None or dresidual is None:
         return gradients
     return *gradients, finish(residual_memory, dresidual, layout)
-
-
-def _gpu(num_threads: int | None) -> Any:
-    """The same functions for arrays on a GPU, where threads are not ours to count."""
-    from . import gpu
-
-    if num_threads is not None:
-        checks.threads("num_threads", num_threads)
-    return gpu
 
 
 def _running(x: Any, mean: Any, var: Any, channels: int, *, update: bool) -> tuple[Any, Any]:

@@ -2,8 +2,9 @@
 
 `functional.py`, `statistics.py` and `layers.py` come here with anything that has a ``__cuda_array_interface__``:
 Numba's device arrays, CuPy's, torch's CUDA tensors. Nothing of x's size goes to the host, results are arrays of x's
-library, and the kernels (`_kernels/numba_cuda.py`) run on the stream on which that library runs its own at the time of
-the call; no function waits for them, unless it says so.
+library (for others than CuPy and torch: Numba's), and the kernels (`_kernels/numba_cuda.py`) run on the stream on which
+that library runs its own at the time of the call; no function waits for them, unless it says so. (Numba itself waits
+for the device when it gives freed arrays back, ten and more at a time: `cuda.defer_cleanup()` puts that off.)
 
 Every array is seen through its *shadow*: a NumPy array of the same address, shape and strides, whose elements must
 never be touched, as they are not there. It is what the checks look at, so that bad input gets the same errors on either
@@ -24,7 +25,7 @@ import numpy as np
 
 from . import checks
 from .functional import Saved
-from .layout import Layout, _layout
+from .layout import Layout, _layout, at_address
 from .statistics import Moments
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,20 +43,13 @@ def kernels() -> Any:
 # ---- arrays ----
 
 
-class _Interface:
-    """What NumPy makes a shadow of."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
-
-
 class View:
     """An array on a GPU: who owns it, and its shadow."""
 
-    __slots__ = ("address", "owner", "shadow", "stream")
+    __slots__ = ("address", "owner", "shadow")
 
-    def __init__(self, owner: Any, shadow: Array, address: int, stream: int | None = None) -> None:
-        self.owner, self.shadow, self.address, self.stream = owner, shadow, address, stream
+    def __init__(self, owner: Any, shadow: Array, address: int) -> None:
+        self.owner, self.shadow, self.address = owner, shadow, address
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +73,7 @@ class View:
         return self.shadow.flags.c_contiguous
 
     def transposed(self, order: tuple[int, ...] | None) -> View:
-        return self if order is None else View(self.owner, self.shadow.transpose(order), self.address, self.stream)
+        return self if order is None else View(self.owner, self.shadow.transpose(order), self.address)
 
 
 def view(name: str, array: Any) -> View:
@@ -91,13 +85,12 @@ def view(name: str, array: Any) -> View:
     address, read_only = interface["data"]
     if strides is not None:
         checks.whole_strides(name, strides, dtype)
-    address = address or 0
     if 0 in shape:
         shadow = np.empty(shape, dtype)
     else:
-        plain = {"shape": shape, "typestr": dtype.str, "data": (address, read_only), "strides": strides, "version": 3}
-        shadow = np.asarray(_Interface(plain))
-    return View(array, shadow, address, interface.get("stream"))
+        checks.aligned(name, address, dtype)
+        shadow = at_address(address, shape, dtype, strides, read_only)
+    return View(array, shadow, address)
 
 
 def _maybe(name: str, array: Any) -> View | None:
@@ -136,31 +129,49 @@ def device_of(array: Any) -> int | None:
     return int(array.device.id) if name == "cupy" else None
 
 
-def _pointer(array: Any) -> int:
-    """The stream that the array's library runs on; 0 is the default one."""
-    name = library(array)
-    if name == "torch":
-        return int(import_module("torch").cuda.current_stream(array.device).cuda_stream)
-    if name == "cupy":
-        return int(import_module("cupy").cuda.get_current_stream().ptr)
-    return int(checks.device_interface("x", array).get("stream") or 0)
+def _stream_of(name: str, array: Any) -> tuple[int, Any] | None:
+    """The stream that the array's library runs on: its pointer, and Numba's object. None where nobody says."""
+    kind, own = library(array), kernels().own_stream(array)
+    if kind == "torch":
+        pointer = import_module("torch").cuda.current_stream(array.device).cuda_stream
+    elif kind == "cupy":
+        pointer = import_module("cupy").cuda.get_current_stream().ptr
+    elif own is not None:
+        pointer = own
+    else:
+        pointer = checks.device_interface(name, array).get("stream")
+        if pointer is None:
+            return None
+    pointer = int(pointer)
+    if pointer == 1:  # as 0 is: the default one
+        pointer = 0
+    return pointer, kernels().stream(pointer) if own is None else own
 
 
 @contextmanager
 def _on(x: Any, **others: Any) -> Iterator[Stream]:
-    """x's device and stream, for the time of a call; that stream waits for what others' streams still have to do."""
+    """x's device and stream, for the time of a call.
+
+    That stream waits for what the streams of other arrays still have to do; after the call those wait for it.
+    """
     k = kernels()
     device = device_of(x)
     with k.on_device(device) as number:
-        pointer = _pointer(x)
-        stream = Stream((number, pointer), k.stream(pointer), number)
+        pointer, own = _stream_of("x", x) or (0, k.stream(0))
+        beside = {}
         for name, array in others.items():
             if array is not None:
                 checks.same_device(name, device_of(array), device)
-                there = checks.device_interface(name, array).get("stream")
-                if there is not None and int(there) != pointer and not {int(there), pointer} <= {0, 1}:
-                    k.wait_for(int(there), stream)
-        yield stream
+                there = _stream_of(name, array)
+                if there is not None and there[0] != pointer:
+                    beside[there[0]] = there[1]
+        for other in beside.values():
+            k.wait_for(other, own)
+        try:
+            yield Stream((number, pointer), own, number)
+        finally:
+            for other in beside.values():
+                k.wait_for(own, other)
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: Any, stream: Stream, order: tuple[int, ...] | None = None) -> View:
@@ -233,29 +244,41 @@ def _compact(x: View, stream: Stream) -> View:
     return new
 
 
-def like(name: str, array: Any, x: View, layout: Layout, stream: Stream) -> View:
-    """`array`, which must have x's shape and dtype, in memory order."""
+def _fits(memory: View, layout: Layout, leading: tuple[View, ...]) -> bool:
+    """Whether kernels can have it as it is: compact, and aligned as well as those that their vectors follow from."""
+    if not memory.compact:
+        return False
+    return not leading or kernels().fits(memory, layout.channels, layout.inner, leading)
+
+
+def like(name: str, array: Any, x: View, layout: Layout, stream: Stream, leading: tuple[View, ...] = ()) -> View:
+    """`array`, which must have x's shape and dtype, in memory order; aligned as `leading` arrays are."""
     given = view(name, array)
     checks.same(name, given.shadow, layout.from_memory(x.shadow))
     memory = given.transposed(layout.order)
-    return memory if memory.compact else _compact(memory, stream)
+    return memory if _fits(memory, layout, leading) else _compact(memory, stream)
 
 
-def output(name: str, out: Any, x: View, layout: Layout, stream: Stream) -> tuple[View, View]:
-    """Where a kernel writes, and what the caller gets: the same memory unless `out` lies in another order than x."""
+def output(
+    name: str, out: Any, x: View, layout: Layout, stream: Stream, leading: tuple[View, ...] = ()
+) -> tuple[View, View]:
+    """Where a kernel writes, and what the caller gets: the same memory unless `out` lies in another order than x.
+
+    Nor where it is aligned worse than `leading` arrays.
+    """
     if out is None:
         memory = empty(x.owner, layout.from_memory(x.shadow).shape, x.dtype, stream, layout.order)
         return memory.transposed(layout.order), memory
     result = view(name, out)
     checks.output(name, result.shadow, layout.from_memory(x.shadow))
     memory = result.transposed(layout.order)
-    return (memory if memory.compact else empty(x.owner, memory.shape, x.dtype, stream)), result
+    return (memory if _fits(memory, layout, leading) else empty(x.owner, memory.shape, x.dtype, stream)), result
 
 
 def _finish(memory: View, result: View, layout: Layout, stream: Stream) -> Any:
     """The result, as its owner knows it."""
     target = result.transposed(layout.order)
-    if not target.compact:
+    if memory.address != target.address:
         kernels().copy(memory, target, stream)
     return result.owner
 
@@ -365,12 +388,12 @@ def batch_norm_forward(
 
 def _arrays(
     x: Any, source: View, layout: Layout, weight: Any, bias: Any, residual: Any, out: Any, stream: Stream, keep: bool,
-    running: tuple[View | None, ...],
+    running: tuple[View | None, ...], leading: tuple[View, ...] = (),
 ) -> tuple[View | None, View | None, View | None, View, View]:  # fmt: skip
     """weight, bias, residual; where to write, and the result."""
     weight, bias = _parameter("weight", weight, layout.channels), _parameter("bias", bias, layout.channels)
-    added = None if residual is None else like("residual", residual, source, layout, stream)
-    memory, result = output("out", out, source, layout, stream)
+    added = None if residual is None else like("residual", residual, source, layout, stream, leading)
+    memory, result = output("out", out, source, layout, stream, leading)
     if out is not None:
         others = {"x": view("x", x), "residual": _maybe("residual", residual), "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), running, strict=False))
@@ -388,7 +411,7 @@ def _forward(
         checks.enough_values(1, layout.from_memory(source.shadow).shape)
     eps = checks.eps(eps)
     weight, bias, added, memory, y = _arrays(
-        x, source, layout, weight, bias, residual, out, stream, keep, running
+        x, source, layout, weight, bias, residual, out, stream, keep, running, (source,)
     )  # fmt: skip
     mean, var = (empty(x, (channels,), np.float64, stream) for _ in range(2))
     if source.size:
@@ -443,9 +466,11 @@ def batch_norm_backward(dy: Any, saved: Saved, *, out: Any, out_residual: Any) -
     x, layout, weight, bias = (getattr(saved, name) for name in ("x", "layout", "weight", "bias"))
     _side(x.owner, dy=dy, out=out, out_residual=out_residual)
     channels = layout.channels
-    with _on(x.owner, dy=dy, out=out, out_residual=out_residual) as stream:
+    owners = {name: p.owner for name, p in (("weight", weight), ("bias", bias)) if p is not None}
+    with _on(x.owner, dy=dy, out=out, out_residual=out_residual, **owners) as stream:
         gradient = like("dy", dy, x, layout, stream)
-        memory, dx = output("out", out, x, layout, stream)
+        leading = x, gradient
+        memory, dx = output("out", out, x, layout, stream, leading)
         y: Any = saved.y
         reads = {"dy": view("dy", dy), "x": x, "weight": weight, "bias": bias, "y": y}
         shadows = {name: _shadow(array) for name, array in reads.items()}
@@ -453,13 +478,15 @@ def batch_norm_backward(dy: Any, saved: Saved, *, out: Any, out_residual: Any) -
             checks.overlap("out", dx.shadow, shadows, same_as=("dy",))
         residual_memory = dresidual = None
         if saved.residual:
-            residual_memory, dresidual = output("out_residual", out_residual, x, layout, stream)
+            residual_memory, dresidual = output("out_residual", out_residual, x, layout, stream, leading)
             if out_residual is not None:
                 checks.overlap("out_residual", dresidual.shadow, {**shadows, "out": dx.shadow}, same_as=("dy",))
         else:
             checks.no_residual(out_residual)
         dweight, dbias = (None if p is None else empty(x.owner, (channels,), p.dtype, stream) for p in (weight, bias))
         if x.size:
+            if y is not None and not _fits(y, layout, leading):
+                y = _compact(y, stream)
             kernels().backward(
                 gradient, x, memory, layout.outer, channels, layout.inner, view("", saved.mean), view("", saved.var),
                 weight, bias, saved.eps, dweight, dbias, saved.batch, y, residual_memory, saved.slope, stream,

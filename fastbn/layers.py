@@ -37,6 +37,8 @@ def _assign(array: Any, value: Array) -> None:
 class BatchNorm:
     """Batch normalization of any array of 2 to 5 axes, with torch's names and defaults.
 
+    Arrays on a GPU are taken too, of float16, float32 or float64, once `cuda` has moved the layer there.
+
     Parameters
     ----------
     num_features : int

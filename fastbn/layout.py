@@ -145,3 +145,18 @@ def finish(memory: Array, result: Array, layout: Layout) -> Array:
     if not layout.to_memory(result).flags.c_contiguous:
         np.copyto(result, layout.from_memory(memory))
     return result
+
+
+class _At:
+    """What NumPy makes an array of."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def at_address(
+    address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None, read_only: bool = False
+) -> Array:
+    """An array over memory that NumPy does not own, and that may be a GPU's."""
+    about = {"data": (address, read_only), "shape": shape, "strides": strides, "typestr": dtype.str, "version": 3}
+    return np.asarray(_At(about))

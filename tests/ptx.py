@@ -4,8 +4,12 @@ A kernel becomes a Python generator; a launch runs one of them for each thread. 
 when all threads (of the block, of the warp) have come there: a thread that does not come, or a warp that has diverged,
 is an error. So is an access that is misaligned, or outside of what was allocated. Registers and memory begin as junk.
 
-Not modelled: time, caches, memory that other blocks write meanwhile (blocks run one after the other), and the second
-rounding that fma in float64 would save.
+A launch runs twice. Between two barriers (of threads of one warp: between two shuffles) the first thread goes as far as
+it can, then the next; the second time all is in the opposite order, blocks too. Memory must end the same. So any two
+accesses that nothing orders are tried in both orders, and a barrier that is missing shows where they collide.
+
+Not modelled: time, caches, accesses of two blocks or warps in turns (one is done before the next begins), and the
+second rounding that fma in float64 would save.
 """
 
 import bisect
@@ -289,40 +293,49 @@ class Kernel:
         return f"s{to[1:]}({value}{unsigned})"
 
     def launch(self, memory, blocks, threads, parameters):
-        """Run it: one block after the other."""
+        """Run it: one block after the other; and again from the same memory, in the opposite order."""
         assert len(parameters) == len(self.parameters)
+        before, after = bytes(memory.bytes), []
         with np.errstate(all="ignore"):
-            for block in range(blocks):
-                shared = Memory(SHARED)
-                shared.bytes = bytearray(b"\xff" * self.shared_size)
-                shared.starts, shared.ends = [SHARED], [SHARED + self.shared_size]
-                running = {
-                    t: self.thread(parameters, memory, shared, t, block, threads, blocks) for t in range(threads)
-                }
-                _run(running, threads)
+            for turn in (-1, 1):
+                memory.bytes[:] = before
+                for block in range(blocks)[::turn]:
+                    shared = Memory(SHARED)
+                    shared.bytes = bytearray(b"\xff" * self.shared_size)
+                    shared.starts, shared.ends = [SHARED], [SHARED + self.shared_size]
+                    running = {
+                        t: self.thread(parameters, memory, shared, t, block, threads, blocks) for t in range(threads)
+                    }
+                    _run(running, threads, turn)
+                after.append(bytes(memory.bytes))
+        assert after[0] == after[1], "the result depends on the order of threads or blocks: a barrier is missing"
 
 
 SHARED = 1 << 20  # where a block's shared memory is
 
 
-def _run(running, threads):
-    waiting, answers = {}, dict.fromkeys(running)
-    while answers:
-        for t, answer in answers.items():
-            try:
-                waiting[t] = running[t].send(answer)
-            except StopIteration:
-                del running[t]
-                waiting.pop(t, None)
-        answers = {}
-        for first in range(0, threads, WARP):
-            warp = [t for t in range(first, first + WARP) if t in running]
-            if warp and all(waiting[t][0] == "shfl" for t in warp):
-                assert len(warp) == WARP, "a shuffle without all of its warp"
+def _run(running, threads, turn):
+    """Between two barriers each warp goes as far as it can before the next one begins: forwards, or backwards."""
+    answers = dict.fromkeys(running)
+    while running:
+        waiting = {}
+        for first in range(0, threads, WARP)[::turn]:
+            warp = [t for t in range(first, first + WARP)[::turn] if t in running]
+            while warp:
+                for t in warp:
+                    try:
+                        waiting[t] = running[t].send(answers[t])
+                    except StopIteration:
+                        del running[t]
+                        waiting.pop(t, None)
+                warp = [t for t in warp if t in running]
+                if not all(waiting[t][0] == "shfl" for t in warp):
+                    break
+                assert len(warp) in (0, WARP), "a shuffle without all of its warp"
                 for t in warp:
                     _, value, step, _ = waiting[t]
                     answers[t] = waiting[t + step][1] if t - first + step < WARP else value
-        if not answers and running:
+        if running:
             assert len(running) == threads, "a barrier that some threads do not come to"
             kinds = {waiting[t][0] for t in running}
             assert kinds in ({"bar"}, {"or"}), f"threads that wait for different things: {kinds}"

@@ -21,11 +21,14 @@ from conftest import (
     F16,
     F32,
     F64,
+    batch_inside,
     channels_last,
     close,
     close_gradients,
     close_statistics,
     close_y,
+    column,
+    computed,
     fortran,
     gaps,
     misaligned,
@@ -33,10 +36,12 @@ from conftest import (
     oracle_backward,
     oracle_forward,
     oracle_normalize,
+    padded,
     parameters,
     run_python,
     same_bits,
     sample,
+    unit,
 )
 
 import fastbn
@@ -358,6 +363,25 @@ def test_same_bits_again(dtype, shape, steps):
 
 
 @simulated
+@pytest.mark.parametrize(("shape", "dtype"), [((7, 3, 8), F32), ((61, 4), F32), ((5, 3, 16), F16)], ids=str)
+def test_same_bits_wherever_the_others_are(dtype, shape, steps):
+    """How far out, residual and what is kept for backward are aligned changes nothing."""
+    x, dy, residual = (device(sample(shape, dtype, seed=i)) for i in range(3))
+    weight, bias, mean, var = map(device, parameters(shape[1], F32))
+    results = []
+    for order in (np.copy, misaligned):
+        y, z, dx, dz = (device(order(np.full(shape, np.nan, dtype))) for _ in range(4))
+        added, options = device(order(host(residual))), {"activation": "relu"}
+        _, saved = fastbn.batch_norm_forward(x, weight, bias, residual=added, out=y, **options)
+        _, fixed = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, residual=added, out=z, **options)
+        assert fastbn.batch_norm_backward(dy, saved, out=dx, out_residual=dz)[0] is dx
+        gradients = *fastbn.batch_norm_backward(dy, saved)[1:3], *fastbn.batch_norm_backward(dy, fixed)
+        results.append([host(v) for v in (y, z, dx, dz, saved.mean, saved.var, *gradients)])
+    for first, second in zip(*results, strict=True):
+        same_bits(first, second)
+
+
+@simulated
 def test_division_by_multiplication():
     """Exact for every n below 2³¹; above, there is no factor."""
     rng = np.random.default_rng(0)
@@ -616,15 +640,77 @@ def test_bad_arrays():
     packed = np.zeros((4, 3), [("a", np.int16), ("b", F32)])["b"]
     with pytest.raises(ValueError, match=r"x has strides \(18, 6\), and must have multiples of its itemsize 4"):
         fastbn.batch_norm_forward(device(packed))
+    odd = np.zeros(52, np.uint8)[1:49].view(F32).reshape(4, 3)
+    message = r"begins at the address 0x[0-9a-f]+, and must begin at a multiple of its itemsize 4"
+    with pytest.raises(ValueError, match=f"x {message}"):
+        fastbn.moments(device(odd))
     good = device(sample((4, 3), F32))
+    with pytest.raises(ValueError, match=f"out {message}"):
+        fastbn.batch_norm_forward(good, out=device(odd))
+    assert fastbn.moments(device(odd[:0])).count == 0
     with pytest.raises(ValueError, match=r"weight has shape \(2,\), and must have shape \(3,\)"):
         fastbn.batch_norm_forward(good, device(np.ones(2)))
     with pytest.raises(TypeError, match="weight has dtype float16, and must be float32 or float64"):
         fastbn.batch_norm_forward(good, device(np.ones(3, F16)))
     with pytest.raises(ValueError, match="num_threads is 0, and must be at least 1"):
         fastbn.batch_norm_forward(good, num_threads=0)
+    with pytest.raises(ValueError, match="num_threads is 0, and must be at least 1"):
+        fastbn.moments(good, num_threads=0)
     with pytest.raises(ValueError, match=r"x has shape \(4, 3\), and must have 5 channels"):
         fastbn.BatchNorm(5).cuda()(good)
+
+
+class Bare:
+    """An array of which only the interface is known."""
+
+    def __init__(self, array, **changes):
+        self.array = array
+        self.__cuda_array_interface__ = {**device(array).__cuda_array_interface__, **changes}
+
+
+@simulated
+def test_an_interface_is_enough():
+    x, bn, seen = sample((4, 3), F32), fastbn.BatchNorm(3), fastbn.BatchNorm(3).cuda()
+    y = seen(Bare(x))
+    assert type(y) is kernels.DeviceArray
+    np.testing.assert_allclose(host(y), bn(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"x has shape \(4, 3\), and must have 5 channels"):
+        fastbn.BatchNorm(5).cuda()(Bare(x))
+
+
+@simulated
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [4, 3]}, r"weight.__cuda_array_interface__ has shape \[4, 3\], and must have a tuple of integers"),
+        ({"shape": (-4, 3)}, r"weight.* has shape \(-4, 3\), and must have a tuple of integers of at least 0"),
+        ({"typestr": "nonsense"}, "weight has dtype nonsense, and must be float16, float32 or float64 on a GPU"),
+        ({"typestr": None}, "weight.* has typestr None, and must have a string"),
+        ({"data": None}, "weight.* has data None, and must have a tuple of an address and a bool"),
+        ({"data": (None, False)}, r"weight.* has data \(None, False\), and must have a tuple of an address"),
+        ({"strides": (4,)}, r"weight.* has strides \(4,\), and must have None or a tuple of integers, one an axis"),
+    ],
+    ids=str,
+)
+def test_bad_interface(changes, message):
+    x, weight = device(sample((4, 3), F32)), Bare(np.ones((4, 3), F32), **changes)
+    with pytest.raises(TypeError, match=message):
+        fastbn.batch_norm_forward(x, weight)
+
+
+@simulated
+def test_no_interface():
+    x = Bare(sample((4, 3), F32))
+    x.__cuda_array_interface__ = {}
+    with pytest.raises(TypeError, match=r"x\.__cuda_array_interface__ has shape None, and must have a tuple"):
+        fastbn.moments(x)
+    x.__cuda_array_interface__ = 7
+    with pytest.raises(TypeError, match=r"x\.__cuda_array_interface__ is 7, and must be a dict"):
+        fastbn.BatchNorm(3).cuda()(x)
+    x.__cuda_array_interface__ = None
+    for nothing in (x, kernels.DeviceArray, type("Property", (), {"__cuda_array_interface__": property(id)})):
+        with pytest.raises(TypeError, match=r"^x "):
+            fastbn.moments(nothing)
 
 
 # ---- libraries ----
@@ -718,13 +804,59 @@ def test_libraries(name, request, monkeypatch):
 
 
 @simulated
-def test_another_stream_is_waited_for(cupy, monkeypatch):
+def test_another_stream_is_waited_for(cupy, torch, monkeypatch):
+    """And waits, in turn, for what the kernels do to its arrays."""
     waited = []
-    monkeypatch.setattr(kernels, "wait_for", lambda pointer, stream: waited.append((pointer, stream.key)))
+    launched = kernels._launch
+    monkeypatch.setattr(kernels, "stream", lambda pointer: pointer)
+    monkeypatch.setattr(kernels, "wait_for", lambda first, then: waited.append((first, then)))
+    monkeypatch.setattr(kernels, "_launch", lambda *a: (waited.append("launched"), launched(*a)))
+    monkeypatch.setattr(kernels, "FUSED_BYTES", 1 << 30)
+    x, weight, bias = device(sample((4, 3), F32)), of(cupy, np.ones(3, F32)), of(cupy, np.zeros(3, F32))
+    _, saved = fastbn.batch_norm_forward(x, weight, bias)
+    assert waited == [(77, 0), "launched", (0, 77)]
+    fastbn.batch_norm_backward(device(sample((4, 3), F32)), saved)  # weight and bias are on it still
+    assert waited[3:] == [(77, 0), "launched", (0, 77)]
+    del waited[:]
+    fastbn.batch_norm_forward(x, of(torch, np.ones(3, F32)))  # whose interface does not say it
+    assert waited == [(99, 0), "launched", (0, 99)]
+    del waited[:]
+    fastbn.batch_norm_forward(x, device(np.ones(3, F32)))
+    assert waited == ["launched"]
+
+
+@simulated
+def test_a_stream_of_numbas_own(monkeypatch):
+    """Kernels, and the results, have the array's own stream object: it lives as long as they do."""
+
+    class Owned:
+        def __int__(self):
+            return 55
+
+    streams, made, launched, new = [], [], kernels._launch, kernels.device_array
+    monkeypatch.setattr(kernels, "_launch", lambda k, n, s, *a: (streams.append(s.numba), launched(k, n, s, *a)))
+    monkeypatch.setattr(kernels, "_configured", lambda kernel, blocks, stream: kernel[blocks, kernels.THREADS])
+    monkeypatch.setattr(kernels, "device_array", lambda *a: (made.append(a[3].numba), new(*a))[1])
     x = device(sample((4, 3), F32))
-    weight = of(cupy, np.ones(3, F32))
-    fastbn.batch_norm_forward(x, weight)
-    assert waited == [(77, (0, 0))]
+    x.stream = Owned()
+    fastbn.batch_norm_forward(x)
+    assert streams and made and all(stream is x.stream for stream in [*streams, *made])
+
+
+@simulated
+def test_scratch_memory_of_many_streams(monkeypatch):
+    """One for each stream, used again; those of the latest few are kept."""
+
+    def device_array(size, dtype, stream):
+        return SimpleNamespace(nbytes=size, device_ctypes_pointer=SimpleNamespace(value=stream), held=stream)
+
+    monkeypatch.setattr(kernels, "cuda", SimpleNamespace(device_array=device_array))
+    scratch = kernels._Scratch()
+    for i in range(40):
+        for size in (10, 20, 2 << 20, 10):
+            assert scratch.get(size, SimpleNamespace(key=(0, i), numba=i)) == i
+        assert scratch.held[0, i].nbytes == 2 << 20
+    assert [held.held for held in scratch.held.values()] == list(range(40 - scratch.STREAMS, 40))
 
 
 @simulated
@@ -791,6 +923,21 @@ def test_config_says_why_not():
 
 
 @pytest.mark.skipif(SIMULATED, reason="of the machine itself")
+def test_config_of_a_driver_in_order(monkeypatch):
+    """The first GPU's name, without a context on it; or that the toolkit is what is missing."""
+
+    def said(available):
+        gpus = [SimpleNamespace(name=b"Some GPU", MULTIPROCESSOR_COUNT=132)]
+        cuda = SimpleNamespace(is_available=lambda: available, cuda_error=lambda: None, gpus=gpus)
+        monkeypatch.setitem(sys.modules, "numba_cuda", cuda)
+        monkeypatch.setitem(sys.modules, "numba.cuda", cuda)
+        return backends.config()["gpu"]
+
+    assert said(True) == "Some GPU, 132 multiprocessors, for arrays that lie on it"
+    assert said(False) == "none: the CUDA toolkit's libNVVM is not there: pip install 'fastbn[cuda]'"
+
+
+@pytest.mark.skipif(SIMULATED, reason="of the machine itself")
 def test_not_installed():
     """An array on a GPU without numba-cuda: the error names the extra."""
     code = """
@@ -823,8 +970,9 @@ SIGNATURES = {
 @pytest.fixture
 def compiler(monkeypatch):
     """The kernels and a compiler of them to PTX for compute capability 9.0, without a GPU."""
+    skip = pytest.fail if os.environ.get("FASTBN_TEST_PTX") == "1" else pytest.skip  # make ptx: they are there
     if SIMULATED or not CUDA:
-        pytest.skip("compiling needs numba-cuda: pip install 'fastbn[cuda]'")
+        skip("compiling needs numba-cuda: pip install 'fastbn[cuda]'")
     from numba import cuda
     from numba.cuda import dispatcher, types
 
@@ -842,7 +990,7 @@ def compiler(monkeypatch):
         compile_(numba_cuda.compiled("float32", 1).copy, 2, 17, floats=0)
     except Exception as error:
         if "nvvm" in str(error).lower():
-            pytest.skip(f"no toolkit: {error}")
+            skip(f"no toolkit: {error}")
         raise
     return SimpleNamespace(kernels=numba_cuda, compile=compile_)
 
@@ -979,3 +1127,210 @@ def test_compiled_copy_and_update(compiler, monkeypatch):
     gpu.kernels.update_running_stats(*running, *batch, 0.25, 1.5, gpu.stream)
     np.testing.assert_allclose(gpu.back(running[0]), np.arange(5) * 0.75 + 0.25, rtol=1e-6)
     np.testing.assert_allclose(gpu.back(running[1]), np.arange(1, 6) * 0.75 + 0.25 * 4.5)
+
+
+# ---- anything that is drawn ----
+
+SLOPES = {None: 1.0, "relu": 0.0, "leaky_relu": 0.125}
+
+
+@simulated
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn(seed, monkeypatch):
+    """Any good call: sizes of 0 and 1, every axis, memory and dtype of each array; as in test_hypothesis.py."""
+    rng = np.random.default_rng([20150211, seed])
+
+    def one_of(values):
+        return values[rng.integers(len(values))]
+
+    shape = tuple(int(n) for n in rng.integers(1, 8, one_of([2, 3, 3, 4, 4, 5])))
+    if one_of([True, False, False, False, False]):
+        place = rng.integers(len(shape))
+        shape = (*shape[:place], 0, *shape[place + 1 :])
+    axis, dtype = int(rng.integers(-len(shape), len(shape))), one_of(DTYPES)
+    channels, eps = shape[axis], 0.1  # a few values may be nearly equal; then x̂ is what rounding makes it
+    monkeypatch.setattr(kernels, "FUSED_BYTES", one_of([0, 512, 1 << 30]))
+    memories = [np.copy, np.copy, fortran, channels_last, batch_inside, gaps, padded, negative, misaligned]
+    plain = [sample(shape, dtype, axis, seed=i) for i in range(3)]
+    x, dy, residual = (one_of(memories)(a) for a in plain)
+    residual = one_of([residual, None])
+    weight, bias, mean, var = parameters(channels, F64)
+    weight, bias = (one_of([None, p.astype(F32), p]) for p in (weight, bias))
+    kind = one_of([F32, F64])
+    mean, var = mean.astype(kind), var.astype(kind)
+    activation, training = one_of([*SLOPES]), one_of([True, True, False])
+    slope, options = SLOPES[activation], {"axis": axis, "eps": eps, "activation": activation, "negative_slope": 0.125}
+    given = [device(weight), device(bias)]
+
+    def output():
+        memory = one_of([None, *memories])
+        return None if memory is None else device(memory(np.full(shape, np.nan, dtype)))
+
+    values = x.size // max(channels, 1)
+    more = {"residual": device(residual), "out": output()}
+    if training and values == 1:
+        with pytest.raises(ValueError, match="one value a channel, and training must have at least 2"):
+            fastbn.batch_norm_forward(device(x), *given, **options, **more)
+        return
+    if training:
+        y, saved = fastbn.batch_norm_forward(device(x), *given, **options, **more)
+    else:
+        y, saved = fastbn.batch_norm_eval_forward(device(x), device(mean), device(var), *given, **options, **more)
+    assert y.shape == shape and y.dtype == dtype and (more["out"] is None or y is more["out"])
+    outputs = {"out": output()} | ({} if residual is None else {"out_residual": output()})
+    gradients = fastbn.batch_norm_backward(device(dy), saved, **outputs)
+    assert len(gradients) == (3 if residual is None else 4)
+    got = [host(g) for g in gradients]
+    assert [None if g is None else g.dtype for g in got[1:3]] == [
+        None if p is None else p.dtype for p in (weight, bias)
+    ]
+    if not x.size:
+        assert all(not g.any() for g in got if g is not None)
+        return
+    if training:
+        _, mean, var = oracle_forward(x, weight, bias, axis, eps)
+        step = unit(computed(dtype)) * np.abs(x).max()  # few values may lie close together, far from 0
+        np.testing.assert_allclose(host(saved.mean), mean, rtol=0, atol=4 * step)
+        np.testing.assert_allclose(
+            host(saved.var), var, rtol=8 * unit(computed(dtype)), atol=8 * step * np.sqrt(var.max())
+        )
+    normal = oracle_normalize(x, mean, var, weight, bias, axis, eps)
+    want = oracle_normalize(x, mean, var, weight, bias, axis, eps, residual=residual, slope=slope)
+    w, b = (column(d if p is None else p, x.ndim, axis) for p, d in ((weight, 1), (bias, 0)))
+    beside = 0 if residual is None else np.abs(residual.astype(F64))
+    far = 0 if training else np.abs(w) * np.abs(column(mean, x.ndim, axis)) / np.sqrt(column(var, x.ndim, axis) + eps)
+    close("y", host(y), want, np.abs(normal - b) + np.abs(w) + np.abs(b) + beside + far, dtype)
+    want = oracle_backward(dy, x, mean, var, weight, axis, training, eps, y=host(y), slope=slope)
+    passed = np.where(host(y) <= 0, slope, 1) * dy.astype(F64)
+    close_gradients(got, want, passed, x, mean, var, weight, axis, training, eps, cut=slope != 1)
+    if residual is not None:
+        np.testing.assert_array_equal(got[3], want[3].astype(dtype))
+
+
+# ---- more of the compiled kernels ----
+
+
+def test_compiled_kernels_of_several_parts(compiler, monkeypatch):
+    """What merges a channel's parts has more than one of them to merge."""
+    monkeypatch.setattr(compiler.kernels, "LEAST_PART", 1)
+    shape = (300, 3, 1)
+    assert compiler.kernels._Cut(F32, *shape, (), Interpreted(compiler, monkeypatch).stream).parts >= 4
+    test_compiled_kernels_interpreted(compiler, monkeypatch, F32, shape, False, 0.125, 0)
+
+
+@pytest.mark.parametrize(("of_dtype", "shape"), [(F32, (5, 3, 7)), (F16, (21, 8, 1))], ids=str)
+def test_compiled_kernels_with_given_statistics(compiler, monkeypatch, of_dtype, shape):
+    gpu = Interpreted(compiler, monkeypatch)
+    channels = shape[1]
+    x, dy = (sample(shape, of_dtype, seed=i) for i in range(2))
+    weight, bias, mean, var = parameters(channels, F32)
+    here, gradient, *vectors = map(gpu.view, (x, dy, mean, var, weight, bias))
+    y, dx = gpu.new(shape, of_dtype), gpu.new(shape, of_dtype)
+    dweight, dbias = gpu.new(channels, F32), gpu.new(channels, F32)
+    gpu.kernels.normalize(here, y, *shape, *vectors, 1e-5, None, 1.0, gpu.stream)
+    want = oracle_normalize(x, mean, var, weight, bias, 1)
+    close("y", gpu.back(y), want, eval_scale(x, mean, var, weight, 1), of_dtype)
+    gpu.kernels.backward(
+        gradient, here, dx, *shape, *vectors, 1e-5, dweight, dbias, False, None, None, 1.0, gpu.stream
+    )  # fmt: skip
+    want = oracle_backward(dy, x, mean, var, weight, 1, False)
+    close_gradients(tuple(map(gpu.back, (dx, dweight, dbias))), want, dy, x, mean, var, weight, 1, False)
+    assert {name.rsplit("_", 1)[0] for name in gpu.launched} >= {"normalize", "gradients", "finish"}
+
+
+# ---- more of the benchmark's own checks ----
+
+
+@pytest.fixture
+def bench():
+    path = Path(__file__).parent.parent / "bench" / "cuda.py"
+    if not path.exists():
+        pytest.skip("the benchmarks are not part of this copy")
+    spec = importlib.util.spec_from_file_location("bench_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@simulated
+def test_bench_sees_what_lies_between(bench):
+    """A view of larger memory: its values, and an error where something else was written."""
+    x = sample((2, 3, 4), F32)
+    for lay in bench.MEMORIES.values():
+        same_bits(bench.Window(x, lay).host(), x)
+    window = bench.Window(x, bench.MEMORIES["[:, ::2]"])
+    window.base.array[5] = 1  # of an odd channel
+    with pytest.raises(SystemExit, match="memory between an output's elements was written"):
+        window.host()
+
+
+@simulated
+def test_bench_sees_what_is_not_written(bench, monkeypatch):
+    """A result that a kernel leaves alone is NaN, though memory may hold what is right."""
+    plain = kernels.device_array
+
+    def old(shape, strides, dtype, stream):
+        array = plain(shape, strides, dtype, stream)
+        array.array[...] = 0  # as Σ dy of constant gradients is
+        return array
+
+    monkeypatch.setattr(kernels, "device_array", old)
+    x = device(sample((4, 3, 8), F32))
+    with bench.poisoned():
+        new = gpu_empty(x)
+    assert np.isnan(host(new)).all() and (host(gpu_empty(x)) == 0).all()
+
+
+def gpu_empty(x):
+    from fastbn import gpu
+
+    with gpu._on(x) as stream:
+        return gpu.empty(x, (3,), F32, stream).owner
+
+
+@simulated
+def test_bench_checks_libraries(bench, monkeypatch, capsys):
+    """With a CuPy of NumPy's arrays: they are checked on its stream, and wrong results found."""
+
+    class ndarray(np.ndarray):
+        __module__ = "cupy"
+        device = SimpleNamespace(id=0)
+
+        def __new__(cls, shape, dtype, memory, strides):
+            return np.ndarray.__new__(cls, shape, dtype, memory, 0, strides)
+
+        @property
+        def __cuda_array_interface__(self):
+            return {**self.__array_interface__, "stream": module.cuda.now, "version": 3}
+
+    class Stream:
+        null = SimpleNamespace(synchronize=lambda: None)
+
+        def __init__(self, non_blocking):
+            assert non_blocking
+
+        def __enter__(self):
+            module.cuda.now = 77
+
+        def __exit__(self, *error):
+            module.cuda.now = 0
+
+    module = ModuleType("cupy")
+    module.ndarray, module.add, module.moveaxis = ndarray, np.add, np.moveaxis
+    module.asarray = lambda values: np.array(values).view(ndarray)
+    module.zeros = module.empty = lambda size, dtype: np.zeros(size, dtype).view(ndarray)
+    module.asnumpy = np.array
+    module.cuda = SimpleNamespace(now=0, is_available=lambda: True, Stream=Stream)
+    module.cuda.get_current_stream = lambda: SimpleNamespace(ptr=module.cuda.now)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(bench, "torch_with_cuda", lambda: None)
+    launch, streams = kernels._launch, set()
+    monkeypatch.setattr(kernels, "_launch", lambda k, b, s, *a: (streams.add(s.key), launch(k, b, s, *a)))
+    with bench.poisoned():
+        bench.libraries(np.random.default_rng(1))
+    said = capsys.readouterr().out
+    assert "torch: skipped" in said and "CuPy, on a stream of its own: right" in said
+    assert streams == {(0, 77)}
+    monkeypatch.setattr(kernels, "normalize", lambda *arguments: None)
+    with bench.poisoned(), pytest.raises(AssertionError):
+        bench.libraries(np.random.default_rng(1))

@@ -10,13 +10,14 @@
 
 `reference.py` says what each function computes; arrays are here objects with an address, a size and a dtype
 (`fastbn.gpu.View`), and a stream stands in the place of the number of threads. Nothing is copied to the host, and
-nothing waits. Design:
+no launch is waited for. Design:
 
 - *A block's share.* The first step gives every block a channel (planes) or a tile of channels (rows) and a part of
   their values. Threads sum them with a common pivot; their sums are added in shared memory (or, on hardware, by warp
   shuffles first), in a fixed order; a block leaves one (mean, m2) or one pair of sums a channel in scratch memory. A
-  second kernel merges the parts of a channel, again in a fixed order. No atomics: a repeated call gives the same bits
-  on the same kind of device. How many parts there are follows from the shape and the number of multiprocessors.
+  second kernel merges the parts of a channel, again in a fixed order. No atomics: a repeated call gives the same bits.
+  How the sums are cut up follows from the shape, the number of multiprocessors, and how far x's (and dy's) address is
+  aligned; from no other array, as `fits` has the others copied that are aligned worse.
 - *Sums* are kept in the type computed in for sixteen elements or so, and then added to float64: few enough
   conversions for GPUs that have few units for them. A part where the pivot was not near the mean, where a square
   overflowed or lost its digits, is summed again in two sweeps of float64. The choice depends on the data alone.
@@ -55,12 +56,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
 from importlib import import_module
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 from numba import float64
+
+from ..layout import at_address
 
 cuda: Any = import_module("numba.cuda")
 
@@ -171,8 +173,7 @@ if SIMULATED:
 else:
     ir: Any = import_module("llvmlite.ir")
 
-    if find_spec("numba_cuda") is None:  # what Numba itself has of CUDA is older
-        raise ImportError("numba_cuda is not there", name="numba_cuda")
+    import_module("numba_cuda")  # what Numba itself has of CUDA is older
     models: Any = import_module("numba.cuda.models")
     types: Any = import_module("numba.cuda.types")
     extending: Any = import_module("numba.cuda.extending")
@@ -638,6 +639,11 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
         return dy
 
     @_device
+    def differential(g: Any, d: Any, m: Any, curve: Any, a: Any, p: Any) -> Any:
+        """dx of dz and the difference."""
+        return (((g - m) - d * curve) * a) * p
+
+    @_device
     def finished(y: int, at: int, z: Any, added: int, has: int, slope: Any) -> None:
         if has != 0:
             z = z + load(added, at)
@@ -1071,8 +1077,8 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
         p, a = coefficient(table, POWER * pitch + c), coefficient(table, SLOPE * pitch + c)
         d = fma(x, p, coefficient(table, ORIGIN * pitch + c))
         g = passed(at, d, dy, arrays[2], a, coefficient(table, SHIFT * pitch + c), slope, how)
-        e = (g - coefficient(table, GRADIENT * pitch + c)) - d * coefficient(table, CURVE * pitch + c)
-        store(arrays[3], at, (e * a) * p)
+        m, curve = coefficient(table, GRADIENT * pitch + c), coefficient(table, CURVE * pitch + c)
+        store(arrays[3], at, differential(g, d, m, curve, a, p))
         if has != 0:
             store(arrays[4], at, g)
 
@@ -1154,8 +1160,8 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
             x0, x1, g0, g1 = load(x, at0), load(x, at1), load(dy, at0), load(dy, at1)
             d0, d1 = fma(x0, p, h), fma(x1, p, h)
             g0, g1 = passed(at0, d0, g0, y, a, b, slope, how), passed(at1, d1, g1, y, a, b, slope, how)
-            store(dx, at0, (((g0 - m) - d0 * curve) * a) * p)
-            store(dx, at1, (((g1 - m) - d1 * curve) * a) * p)
+            store(dx, at0, differential(g0, d0, m, curve, a, p))
+            store(dx, at1, differential(g1, d1, m, curve, a, p))
             if has != 0:
                 store(dz, at0, g0)
                 store(dz, at1, g1)
@@ -1164,7 +1170,7 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
             at0 = r * channels + c
             d0 = fma(load(x, at0), p, h)
             g0 = passed(at0, d0, load(dy, at0), y, a, b, slope, how)
-            store(dx, at0, (((g0 - m) - d0 * curve) * a) * p)
+            store(dx, at0, differential(g0, d0, m, curve, a, p))
             if has != 0:
                 store(dz, at0, g0)
 
@@ -1272,8 +1278,8 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
             x0, x1, g0, g1 = load(x, at0), load(x, at1), load(dy, at0), load(dy, at1)
             d0, d1 = fma(x0, p, h), fma(x1, p, h)
             g0, g1 = passed(at0, d0, g0, y, a, b, slope, how), passed(at1, d1, g1, y, a, b, slope, how)
-            store(dx, at0, (((g0 - m) - d0 * curve) * a) * p)
-            store(dx, at1, (((g1 - m) - d1 * curve) * a) * p)
+            store(dx, at0, differential(g0, d0, m, curve, a, p))
+            store(dx, at1, differential(g1, d1, m, curve, a, p))
             if has != 0:
                 store(dz, at0, g0)
                 store(dz, at1, g1)
@@ -1282,7 +1288,7 @@ def compiled(dtype: str, lanes: int) -> SimpleNamespace:
             at0 = place(j, c, plane, magic, shift, channels)
             d0 = fma(load(x, at0), p, h)
             g0 = passed(at0, d0, load(dy, at0), y, a, b, slope, how)
-            store(dx, at0, (((g0 - m) - d0 * curve) * a) * p)
+            store(dx, at0, differential(g0, d0, m, curve, a, p))
             if has != 0:
                 store(dz, at0, g0)
 
@@ -1361,19 +1367,12 @@ def _update(vectors: Any, sizes: Any, momentum: float, correction: float) -> Non
 # ---- memory, as kernels get it ----
 
 
-class _Interface:
-    """Memory at an address, for NumPy: simulated devices share the host's."""
-
-    def __init__(self, address: int, size: int, dtype: Any) -> None:
-        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": dtype.str, "version": 3}
-
-
 def _memory(view: Any) -> Any:
     """A compact array; 0 for None."""
     if view is None:
         return 0
     if SIMULATED:
-        return np.asarray(_Interface(view.address, view.size, view.dtype))
+        return at_address(view.address, (view.size,), view.dtype)  # simulated devices share the host's
     return view.address
 
 
@@ -1396,11 +1395,16 @@ def _spanned(view: Any) -> tuple[Any, int]:
     if not SIMULATED:
         return view.address - below * size, below
     above = sum(r for r in reaches if r > 0)
-    return np.asarray(_Interface(view.address - below * size, below + above + 1, view.dtype)), below
+    return at_address(view.address - below * size, (below + above + 1,), view.dtype), below
 
 
 class _Scratch(threading.local):
-    """Memory between the kernels of a call, for each stream of each thread; it grows, and is used again."""
+    """Memory between the kernels of a call, for each stream of each thread; it grows, and is used again.
+
+    It holds its stream, so that no other gets that one's pointer, and with it the memory, while kernels still run.
+    """
+
+    STREAMS = 16  # the latest; freeing memory waits for the device
 
     def __init__(self) -> None:
         self.held: dict[Any, Any] = {}
@@ -1409,6 +1413,8 @@ class _Scratch(threading.local):
         key = stream.key
         held = self.held.get(key)
         if held is None or held.nbytes < bytes_:
+            if held is None and len(self.held) >= self.STREAMS:
+                del self.held[next(iter(self.held))]
             held = self.held[key] = cuda.device_array(max(bytes_, 1 << 20), np.uint8, stream=stream.numba)
         return held.device_ctypes_pointer.value  # type: ignore[no-any-return]
 
@@ -1448,16 +1454,21 @@ def _magic(divisor: int, most: int) -> tuple[int, int]:
     return (1 << (31 + bits)) // divisor + 1, 31 + bits
 
 
-def _lanes(dtype: Any, run: int, views: tuple[Any, ...]) -> int:
-    """Elements of a vector: 16 bytes of them, or as many as divide a run and the addresses."""
+def _lanes(dtype: Any, channels: int, inner: int, views: tuple[Any, ...]) -> int:
+    """Elements of a vector: 16 bytes of them, or as many as divide a plane (or row) and the addresses."""
     lanes = VECTOR_BYTES // int(dtype.itemsize)
-    everything = run * dtype.itemsize
+    everything = (inner if inner > 1 else channels) * dtype.itemsize
     for view in views:
         if view is not None:
             everything |= view.address
     while lanes > 1 and everything % (lanes * dtype.itemsize):
         lanes //= 2
     return lanes
+
+
+def fits(view: Any, channels: int, inner: int, leading: tuple[Any, ...]) -> bool:
+    """Whether a view is aligned as the vectors are that `leading` views of the same shape are read in."""
+    return bool(view.address % (_lanes(view.dtype, channels, inner, leading) * view.dtype.itemsize) == 0)
 
 
 def _up(n: int, divisor: int) -> int:
@@ -1476,7 +1487,7 @@ class _Cut:
 
     def __init__(self, dtype: Any, outer: int, channels: int, inner: int, views: tuple[Any, ...], stream: Any) -> None:
         self.channels, self.values, self.planes = channels, outer * inner, inner > 1
-        self.lanes = lanes = _lanes(dtype, inner if self.planes else channels, views)
+        self.lanes = lanes = _lanes(dtype, channels, inner, views)
         self.kernels = compiled(dtype.name, lanes)
         self.pitch = _up(channels, 8) * 8  # of tables: vectors of coefficients are aligned
         self.computed = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
@@ -1531,8 +1542,11 @@ def _launch(kernel: Any, blocks: int, stream: Any, *arguments: Any) -> None:
     _configured(kernel, blocks, stream.numba)(*arguments)
 
 
+_configuring = threading.Lock()  # warnings are caught for all threads at once
+
+
 def _configured(kernel: Any, blocks: int, stream: Any) -> Any:
-    with warnings.catch_warnings():  # Numba's, of few blocks: small arrays have few
+    with _configuring, warnings.catch_warnings():  # Numba's, of few blocks: small arrays have few
         warnings.simplefilter("ignore")
         return kernel[blocks, THREADS, stream]
 
@@ -1589,8 +1603,8 @@ def forward(
     x: Any, y: Any, outer: int, channels: int, inner: int, weight: Any, bias: Any, eps: float, mean: Any, var: Any,
     residual: Any, slope: float, stream: Any,
 ) -> None:  # fmt: skip
-    """moments, then normalize with them. Writes y, mean and var."""
-    cut = _Cut(x.dtype, outer, channels, inner, (x, y, residual), stream)
+    """moments, then normalize with them. Writes y, mean and var. y and residual must fit x."""
+    cut = _Cut(x.dtype, outer, channels, inner, (x,), stream)
     vectors = _vector(weight) + _vector(bias) + NOTHING * 2
     if cut.fused:
         arrays = _memory(x), _memory(y), _memory(residual), _memory(mean), _memory(var)
@@ -1608,9 +1622,9 @@ def backward(
     """dz = dy · act'(z), then gradient_moments and input_gradient of dz. Writes dx, Σ dz·x̂ and Σ dz (the gradients).
 
     `batch`, `y`, `dresidual`: as in `reference.py`; grad_weight and grad_bias may be None. dx may be dy, and so may
-    dresidual.
+    dresidual. dx, y and dresidual must fit dy and x.
     """
-    cut = _Cut(x.dtype, outer, channels, inner, (dy, x, dx, y, dresidual), stream)
+    cut = _Cut(x.dtype, outer, channels, inner, (dy, x), stream)
     vectors = _vector(weight) + _vector(bias) + _vector(mean) + _vector(var)
     how = NO_CUT if slope == 1 else BY_X if y is None else BY_Y
     has = 0 if dresidual is None else 1
@@ -1662,7 +1676,7 @@ if SIMULATED:
         """What Numba's device arrays are on hardware; the simulator's have no __cuda_array_interface__."""
 
         def __init__(self, array: Any) -> None:
-            self.array = array
+            self.array, self.stream = array, 0
             self.shape, self.strides, self.dtype = array.shape, array.strides, array.dtype
             self.__cuda_array_interface__ = {**array.__array_interface__, "stream": None, "version": 3}
 
@@ -1676,7 +1690,10 @@ if SIMULATED:
     def stream(pointer: int) -> Any:
         return 0
 
-    def wait_for(pointer: int, stream_: Any) -> None:
+    def own_stream(array: Any) -> Any:
+        return array.stream if isinstance(array, DeviceArray) else None
+
+    def wait_for(first: Any, then: Any) -> None:
         pass
 
     def device_array(shape: Any, strides: Any, dtype: Any, stream_: Any) -> Any:
@@ -1706,11 +1723,15 @@ else:
     def stream(pointer: int) -> Any:
         return cuda.external_stream(pointer) if pointer > 2 else cuda.per_thread_default_stream() if pointer == 2 else 0
 
-    def wait_for(pointer: int, stream_: Any) -> None:
-        """What is queued on another stream by now is done before anything more on this one."""
+    def own_stream(array: Any) -> Any:
+        """Numba's object, which keeps the stream alive, for Numba's own arrays; None for others."""
+        return array.stream if isinstance(array, devicearray.DeviceNDArrayBase) else None
+
+    def wait_for(first: Any, then: Any) -> None:
+        """What is queued on one stream by now is done before anything more on another. Both are Numba's objects."""
         event = cuda.event(timing=False)
-        event.record(stream(pointer))
-        event.wait(stream_.numba)
+        event.record(first)
+        event.wait(then)
 
     def device_array(shape: Any, strides: Any, dtype: Any, stream_: Any) -> Any:
         return devicearray.DeviceNDArray(shape, strides, dtype, stream=stream_.numba)
