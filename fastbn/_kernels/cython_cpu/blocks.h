@@ -50,6 +50,7 @@ typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements
 
 #define BLOCK 8192                                /* elements a block of runs sums before it merges */
 #define BLOCK_ROWS 256                            /* rows (joined, if short) that a block of columns sums before it merges */
+#define SHORTEST_PLANE 16                         /* a vector of no instruction set spans three of these */
 #define SHORTEST_ROW 64                           /* columns: shorter rows are joined */
 #define MAX_COLUMNS 1024                         /* columns of a tile: their sums stay in L1 */
 #define APART (MAX_COLUMNS + 80)                  /* vectors that are read together must not all fall into one set of L1 */
@@ -92,13 +93,23 @@ static inline double param_at(param_t p, idx c)
     return p.f32 ? (double)p.f32[c] : p.f64 ? p.f64[c] : p.otherwise;
 }
 
+/* n of them from c on, in double precision: as they lie, or in `room`. */
+static inline const double *params_at(param_t p, idx c, idx n, double *room)
+{
+    if (p.f64) return p.f64 + c;
+    for (idx i = 0; i < n; i++) room[i] = p.f32 ? (double)p.f32[c + i] : p.otherwise;
+    return room;
+}
+
 /* A vector of results of either type. */
 typedef struct { float *f32; double *f64; } result_t;
 
-static inline void result_set(result_t r, idx c, double value)
+static inline void results_set(result_t r, idx c, idx n, const double *values)
 {
-    if (r.f32) r.f32[c] = (float)value;
-    else if (r.f64) r.f64[c] = value;
+    if (r.f32)
+        for (idx i = 0; i < n; i++) r.f32[c + i] = (float)values[i];
+    else if (r.f64)
+        memcpy(r.f64 + c, values, (size_t)n * sizeof(double));
 }
 
 /* IN and OUT running, `stride` bytes from one to the next: running += momentum·(scale·batch − running). */
@@ -147,8 +158,15 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
     return b;
 }
 
+/* Where a call's tensors are found: in cache, in part, or in memory. */
+typedef enum { CACHED, NEAR, FAR } place_t;
+
+/* How far ahead of where it works a sum over rows asks for memory, in bytes. */
+#define LEAD_NEAR 32768
+#define LEAD_FAR 8192
+
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */
-typedef struct { idx channels, inner, ld; int cached; } tile_t;
+typedef struct { idx channels, inner, ld; place_t place; } tile_t;
 
 /* Short rows that lie one behind the other are summed several as one, of whole vectors on every instruction set; each channel then
  * has as many columns. */
@@ -162,7 +180,7 @@ static inline idx rows_to_sum_as_one(tile_t t)
 
 static inline tile_t joined(tile_t t, idx rows)
 {
-    tile_t w = {t.channels * rows, t.inner, rows > 1 ? t.ld * rows : t.ld, t.cached};
+    tile_t w = {t.channels * rows, t.inner, rows > 1 ? t.ld * rows : t.ld, t.place};
     return w;
 }
 
@@ -173,6 +191,7 @@ static inline idx rows_a_block(tile_t t) { return BLOCK_ROWS * rows_to_sum_as_on
  * sign of z is read from y, and what passes is written to dz. For slope 0 LEAKY gives exactly 0, also where z = −∞. */
 typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 
+#define LINED __attribute__((aligned(64)))        /* what is read again and again: a load that straddles two lines is two */
 #define UNROLLED _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 

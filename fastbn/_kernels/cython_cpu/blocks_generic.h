@@ -131,17 +131,16 @@ static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
 /* Keeps the compiler from making vector code of a loop of a few turns. */
 #define ONE_BY_ONE __asm__ volatile("")
 
-/* The element-wise loop: out[at] = FORMULA(W, at, i) for `rows` rows that go together, at = row·ld + i, i from 0 to len. W names the
- * width: single elements and narrow vectors until the output is aligned, whole vectors, and the same at the end (a store or load
- * that straddles two cache lines costs two). PREPARE(W, i) is what the rows have in common; AHEAD(i) asks for what the hardware
- * does not foresee. */
+/* The element-wise loop: out[i] = FORMULA(W, i), i from 0 to len. W names the width: single elements and narrow vectors until the
+ * output is aligned, whole vectors, and the same at the end (a store or load that straddles two cache lines costs two).
+ * PREPARE(W, i) has the coefficients; AHEAD(i) asks for what the hardware does not foresee. */
 #define LOAD(W) FN(load##W)
 #define GET(W) FN(get##W)
 #define GATE(W) FN(gate##W)
 #define STEP(W, STORE, count)                                                                                          \
     {                                                                                                                  \
         PREPARE(W, i)                                                                                                  \
-        UNROLLED for (idx row = 0; row < rows; row++) STORE(out + row * ld + i, FORMULA(W, row * ld + i));             \
+        STORE(out + i, FORMULA(W, i));                                                                                 \
         i += count;                                                                                                    \
     }
 #define SWEEP(STORE, STORE16)                                                                                          \
@@ -161,6 +160,65 @@ static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
     }
 #define SWEEP_STORE SWEEP(FN(store), FN(store16))
 #define SWEEP_STREAM SWEEP(FN(stream), FN(stream16))
+
+/* A vector of which the first n elements are a's, the others b's. */
+#ifdef CHOOSE
+typedef unsigned FN(some);
+INLINE FN(some) FN(first)(idx n) { return (1u << n) - 1; }
+INLINE VEC FN(both)(FN(some) first, VEC a, VEC b) { return (VEC)CHOOSE(first, a, b); }
+#else
+typedef MASK FN(some);
+INLINE MASK FN(first)(idx n)
+{
+    BITS place[VECTOR_BYTES / sizeof(T)];
+    UNROLLED for (int j = 0; j < (int)(VECTOR_BYTES / sizeof(T)); j++) place[j] = j;
+    return (MASK)(*(const MASK *)place < (BITS)n);
+}
+INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) | (~first & (MASK)b)); }
+#endif
+
+/* (value − 0, as 0 + value would lose the sign of a zero.) */
+#define SPLAT(W, value) ((value) - (__typeof__(GET(W)((const T *)0))){0})
+
+/* The same over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
+ * FORMULA(W, i). Planes of fewer elements than a vector come alone; elsewhere a vector may belong to two channels, and no plane has
+ * ragged ends. OF(W, c) has the coefficients of channel c, OF_BOTH(first, c, d) those of a vector that c and d share. */
+#define SWEEP_PLANES(STORE, STORE16)                                                                                   \
+    {                                                                                                                  \
+        const idx len = planes * inner, few = FN(misaligned)(out, len, sizeof(S) * NARROW_WIDTH);                      \
+        const idx head = FN(misaligned)(out, len, sizeof(S) * WIDTH);                                                  \
+        idx i = 0, end = inner;                                                                                        \
+        while (i < few) { ONE_BY_ONE; PLANE_STEP(1, FN(store1), 1) }                                                   \
+        while (!few && i + NARROW_WIDTH <= head) { ONE_BY_ONE; PLANE_STEP(16, STORE16, NARROW_WIDTH) }                 \
+        while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; PLANE_STEP(16, FN(store16), NARROW_WIDTH) }                     \
+        for (;;) {                                                                                                     \
+            OF(, c)                                                                                                    \
+            for (; i + WIDTH <= end; i += WIDTH) {                                                                     \
+                AHEAD(i)                                                                                               \
+                STORE(out + i, FORMULA(, i));                                                                          \
+            }                                                                                                          \
+            if (i + WIDTH > len) break;                                                                                \
+            const idx d = c + 1 < channels ? c + 1 : 0;                                                                \
+            if (i < end) {                                                                                             \
+                const FN(some) first = FN(first)(end - i);                                                             \
+                OF_BOTH(first, c, d)                                                                                   \
+                AHEAD(i)                                                                                               \
+                STORE(out + i, FORMULA(, i));                                                                          \
+                i += WIDTH;                                                                                            \
+            }                                                                                                          \
+            c = d;                                                                                                     \
+            end += inner;                                                                                              \
+        }                                                                                                              \
+        while (i + NARROW_WIDTH <= len && (len - i) % NARROW_WIDTH) { ONE_BY_ONE; PLANE_STEP(16, FN(store16), NARROW_WIDTH) } \
+        while (i + NARROW_WIDTH <= len) { ONE_BY_ONE; PLANE_STEP(16, STORE16, NARROW_WIDTH) }                          \
+        while (i < len) { ONE_BY_ONE; PLANE_STEP(1, FN(store1), 1) }                                                   \
+    }
+#define PLANE_STEP(W, STORE, count)                                                                                    \
+    {                                                                                                                  \
+        OF(W, c)                                                                                                       \
+        STORE(out + i, FORMULA(W, i));                                                                                 \
+        i += count;                                                                                                    \
+    }
 
 /* Four terms are added to each other before they are added to a sum: a quarter of the roundings, and none that goes one way time
  * after time, as those of squares do (which are 0 or 1 modulo 4), and of equal terms. */
@@ -217,27 +275,38 @@ static inline int FN(wide)(T hi) { return sizeof(T) < sizeof(double) && hi == (T
 
 static inline int FN(enough)(double coefficient)
 {
-    return !(fabs(coefficient) > LARGEST) && (coefficient == 0 || !(fabs(coefficient) < SMALLEST));
+    return !(fabs(coefficient) > LARGEST) & ((coefficient == 0) | !(fabs(coefficient) < SMALLEST));
 }
 
-static inline void FN(coef_set)(FN(coefs) k, idx c, double mean, double var, double weight, double bias, double eps)
+/* Of n channels at once, for a division or a root of eight costs little more than of one. */
+static inline void FN(coefs_set)(FN(coefs) v, idx n, const double *restrict mean, const double *restrict var,
+                                 const double *restrict weight, const double *restrict bias, double eps)
 {
-    double scale = weight * inverse_std(var, eps), a = FN(within)(scale);
-    k.hi[c] = sizeof(T) < sizeof(double) && (fabs(mean) >= 0x1p103 || !FN(enough)(scale)) ? (T)INFINITY : (T)mean;
-    k.a[c] = (T)a;
-    k.b[c] = (T)(bias - (mean - (double)k.hi[c]) * a);
+    T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
+    for (idx c = 0; c < n; c++) {
+        double scale = weight[c] * inverse_std(var[c], eps), a = FN(within)(scale);
+        int wide = sizeof(T) < sizeof(double) && ((fabs(mean[c]) >= 0x1p103) | !FN(enough)(scale));
+        T hi = wide ? (T)INFINITY : (T)mean[c];
+        his[c] = hi;
+        as[c] = (T)a;
+        bs[c] = (T)(bias[c] - (mean[c] - (double)hi) * a);
+    }
 }
 
 /* What the input gradient needs beside them: dx = ((dy − m) − (x − hi)·k)·a. */
 typedef struct { FN(coefs) v; T *m, *k; } FN(slopes);
 
-static inline void FN(slope_set)(FN(slopes) g, idx c, double mean, double var, double eps, double dy, double dy_xmu,
-                                 double count)
+static inline void FN(slopes_set)(FN(slopes) g, idx n, const double *restrict mean, const double *restrict var, double eps,
+                                  const double *restrict dy, const double *restrict dy_xmu, double count)
 {
-    double k = dy_xmu / count / (var + eps), m = dy / count - (mean - (double)g.v.hi[c]) * k;
-    g.k[c] = (T)k;
-    g.m[c] = (T)m;
-    if (sizeof(T) < sizeof(double) && (fabs(m) >= 0x1p103 || !FN(enough)(k))) g.v.hi[c] = (T)INFINITY;
+    T *restrict his = g.v.hi, *restrict ms = g.m, *restrict ks = g.k;
+    for (idx c = 0; c < n; c++) {
+        double k = dy_xmu[c] / count / (var[c] + eps), m = dy[c] / count - (mean[c] - (double)his[c]) * k;
+        int wide = sizeof(T) < sizeof(double) && ((fabs(m) >= 0x1p103) | !FN(enough)(k));
+        ks[c] = (T)k;
+        ms[c] = (T)m;
+        his[c] = wide ? (T)INFINITY : his[c];
+    }
 }
 
 /* What a gradient step reads and writes beside dy and x: see kind_t. */
@@ -356,32 +425,36 @@ INLINE void FN(ask_to_write)(const S *p, idx i, idx ahead)
 #define Z(W, at, hi, a, b)                                                                                             \
     (kind == ADDED ? ((LOAD(W)(x + (at)) - hi) * a + b) + LOAD(W)(added + (at)) : (LOAD(W)(x + (at)) - hi) * a + b)
 
-/* IN x, added (or NULL), OUT y: one run of channel c. out may be x or added. */
-INLINE void FN(apply_run_as)(kind_t kind, const S *x, const S *added, S *out, idx len, FN(coefs) v, idx c, T slope,
-                             int streaming, idx ahead)
+/* IN x, added (or NULL), OUT y: planes from channel c on, as SWEEP_PLANES has them. out may be x or added. */
+INLINE void FN(apply_planes_as)(kind_t kind, const S *x, const S *added, S *out, idx planes, idx inner, FN(coefs) v, idx c,
+                                idx channels, T slope, int streaming, idx ahead)
 {
-    const idx rows = 1, ld = 0;
-    const T hi = v.hi[c], a = v.a[c], b = v.b[c];
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(x, i, ahead);                                                                                        \
     if (kind == ADDED) FN(ask_ahead)(added, i, ahead);
-#define PREPARE NOTHING
+#define OF(W, c) const __typeof__(GET(W)(v.hi)) hi = SPLAT(W, v.hi[c]), a = SPLAT(W, v.a[c]), b = SPLAT(W, v.b[c]);
+#define OF_BOTH(first, c, d)                                                                                           \
+    const VEC hi = FN(both)(first, SPLAT(, v.hi[c]), SPLAT(, v.hi[d])),                                                \
+              a = FN(both)(first, SPLAT(, v.a[c]), SPLAT(, v.a[d])), b = FN(both)(first, SPLAT(, v.b[c]), SPLAT(, v.b[d]));
 #define FORMULA(W, i) Y(W, i, hi, a, b)
-    if (streaming) SWEEP_STREAM else SWEEP_STORE
+    if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
 #undef FORMULA
+#undef OF_BOTH
+#undef OF
 #undef AHEAD
-#undef PREPARE
 }
 
-static void FN(apply_run)(kind_t kind, const S *x, const S *added, S *out, idx len, FN(coefs) v, idx c, T slope,
-                          int streaming, idx ahead)
+static void FN(apply_planes)(kind_t kind, const S *x, const S *added, S *out, idx planes, idx inner, FN(coefs) v, idx c,
+                             idx channels, T slope, int streaming, idx ahead)
 {
+#define AS(kind) FN(apply_planes_as)(kind, x, added, out, planes, inner, v, c, channels, slope, streaming, ahead)
     switch (kind) {
-    case PLAIN: FN(apply_run_as)(PLAIN, x, added, out, len, v, c, slope, streaming, ahead); break;
-    case RELU: FN(apply_run_as)(RELU, x, added, out, len, v, c, slope, streaming, ahead); break;
-    case LEAKY: FN(apply_run_as)(LEAKY, x, added, out, len, v, c, slope, streaming, ahead); break;
-    default: FN(apply_run_as)(ADDED, x, added, out, len, v, c, slope, streaming, ahead);
+    case PLAIN: AS(PLAIN); break;
+    case RELU: AS(RELU); break;
+    case LEAKY: AS(LEAKY); break;
+    default: AS(ADDED);
     }
+#undef AS
 }
 
 /* Gradient sums of a block about hi, in the data's type or, where that overflowed, in float64. */
@@ -504,44 +577,59 @@ INLINE VEC FN(pass)(FN(gate_t) gate, idx at, int streams, VEC dz)
     return dz;
 }
 
-/* IN dy, x, OUT dx, gate.dz (if GATED): one run of channel c; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may be
+/* IN dy, x, OUT dx, gate.dz (if GATED): planes from channel c on; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may be
  * dy. */
-INLINE void FN(slope_run_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx len, FN(slopes) g, idx ch,
-                             int streaming, idx ahead)
+INLINE void FN(slope_planes_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner,
+                                FN(slopes) g, idx c, idx channels, int streaming, idx ahead)
 {
-    const idx rows = 1, ld = 0;
-    const T hi = g.v.hi[ch], a = g.v.a[ch], b = g.v.b[ch];
-    const T m = batch ? g.m[ch] : 0, k = batch ? g.k[ch] : 0;
-    const int streams = FN(streams_beside)(gate, out, streaming);
+    const int streams = FN(streams_beside)(gate, out, streaming), needs_z = gate.kind == RELU || gate.kind == LEAKY;
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);                                                           \
     if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);
-#define PREPARE NOTHING
 #define PASS(W, i, d) FN(pass##W)(gate, i, streams, DZ(W, i, d, a, b))
+#define OF(W, c)                                                                                                       \
+    const __typeof__(GET(W)(g.m)) hi = SPLAT(W, g.v.hi[c]), a = SPLAT(W, g.v.a[c]), m = SPLAT(W, g.m[c]),              \
+                                  k = SPLAT(W, g.k[c]), b = SPLAT(W, (needs_z ? g.v.b : g.v.a)[c]);
+#define PART(of, first, c, d) FN(both)(first, SPLAT(, of[c]), SPLAT(, of[d]))
+#define OF_BOTH(first, c, d)                                                                                           \
+    const VEC hi = PART(g.v.hi, first, c, d), a = PART(g.v.a, first, c, d), m = PART(g.m, first, c, d),                \
+              k = PART(g.k, first, c, d), b = PART((needs_z ? g.v.b : g.v.a), first, c, d);
 #define FORMULA(W, i) ((PASS(W, i, LOAD(W)(x + i) - hi) - m) - (LOAD(W)(x + i) - hi) * k) * a
     if (batch) {
-        if (streaming) SWEEP_STREAM else SWEEP_STORE
+        if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
     }
 #undef FORMULA
+#undef OF
+#undef OF_BOTH
+#define OF(W, c)                                                                                                       \
+    const __typeof__(GET(W)(g.m)) a = SPLAT(W, g.v.a[c]), hi = SPLAT(W, (needs_z ? g.v.hi : g.v.a)[c]),                \
+                                  b = SPLAT(W, (needs_z ? g.v.b : g.v.a)[c]);
+#define OF_BOTH(first, c, d)                                                                                           \
+    const VEC a = PART(g.v.a, first, c, d), hi = PART((needs_z ? g.v.hi : g.v.a), first, c, d),                        \
+              b = PART((needs_z ? g.v.b : g.v.a), first, c, d);
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
-        if (streaming) SWEEP_STREAM else SWEEP_STORE
+        if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
     }
 #undef FORMULA
+#undef OF_BOTH
+#undef PART
+#undef OF
 #undef AHEAD
-#undef PREPARE
 }
 
-static void FN(slope_run)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx len, FN(slopes) g, idx ch,
-                          int streaming, idx ahead)
+static void FN(slope_planes)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner, FN(slopes) g,
+                             idx c, idx channels, int streaming, idx ahead)
 {
     FN(gate_t) as = gate;
+#define AS(is) as.kind = is, FN(slope_planes_as)(as, batch, dy, x, out, planes, inner, g, c, channels, streaming, ahead)
     switch (gate.kind) {
-    case PLAIN: as.kind = PLAIN; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
-    case RELU: as.kind = RELU; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
-    case LEAKY: as.kind = LEAKY; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead); break;
-    default: as.kind = GATED; FN(slope_run_as)(as, batch, dy, x, out, len, g, ch, streaming, ahead);
+    case PLAIN: AS(PLAIN); break;
+    case RELU: AS(RELU); break;
+    case LEAKY: AS(LEAKY); break;
+    default: AS(GATED);
     }
+#undef AS
 }
 
 /* IN a, b, OUT out: out = a, or a + b where there is a b; without out they are only read. What memory allows: the measure of
@@ -550,7 +638,6 @@ static volatile T FN(seen);
 
 static void FN(copy_or_add_run)(const S *a, const S *b, S *out, idx len, int streaming)
 {
-    const idx rows = 1, ld = 0;
     if (!out) {
         VEC seen = {0};
         for (idx i = 0; i + WIDTH <= len; i += WIDTH) {
@@ -645,32 +732,67 @@ static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
         for (idx k = 0; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
 }
 
-/* Rows are read in fours, but memory likes to be read in order: while one group is summed, what comes 8 KiB and more later is asked
- * for, line after line where the tile is the whole row, else row by row. In cache that only costs. */
+/* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for, into the
+ * second-level cache; line after line where the tile is the whole row, else row by row. In cache that only costs. */
 static inline idx FN(rows_ahead)(tile_t t)
 {
-    idx row = t.ld * (idx)sizeof(S);
-    return row >= 2048 ? 4 : 4 * ((8192 + 4 * row - 1) / (4 * row));
+    idx row = t.ld * (idx)sizeof(S), lead = t.place == FAR || row < 1024 ? LEAD_FAR : LEAD_NEAR;
+    return t.channels * t.inner == t.ld ? 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024)) : 4;
 }
 
-/* (always_inline: gcc drops calls of a function that does nothing but prefetch.) */
-INLINE void FN(ask)(const S *row, idx k, tile_t t, idx rows_ahead)
+/* Asks for the share of columns from k on in a later group. (always_inline: gcc drops calls of a function that does nothing but
+ * prefetch.) */
+INLINE void FN(ask)(const S *row, idx k, idx head, tile_t t, idx rows_ahead)
 {
     const S *later = row + rows_ahead * t.ld;
-    if (t.cached) return;
+    if (t.place == CACHED) return;
     if (t.channels * t.inner == t.ld)
-        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * k + l, 0, 2);
+        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 2);
     else
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
 }
 
-/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where rows are short or all lie differently.
- * Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read. */
-static inline idx FN(unaligned_columns)(const S *x, idx cols, idx ld)
+/* And for what columns before `head` leave out of whole rows: it would be waited for. */
+INLINE void FN(ask_rest)(const S *row, idx head, tile_t t, idx rows_ahead)
 {
-    idx head = FN(misaligned)(x, cols, sizeof(S) * WIDTH);
-    return cols >= 256 && ld % WIDTH == 0 && head < cols ? head : 0;
+    const S *end = row + (rows_ahead + 4) * t.ld;
+    if (t.place == CACHED || !head || t.channels * t.inner != t.ld) return;
+    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 2);
 }
+
+/* Out of memory, rows that lie one behind the other are best read one by one, as the hardware foresees it: faster than four
+ * that are asked for, though what is added as a tree must be put down in between (TURN). Not short rows, four of which are
+ * no more than it foresees, nor so long ones that four of them with their sums fill L1. */
+static inline int FN(one_by_one)(tile_t t, idx longest)
+{
+    idx row = t.ld * (idx)sizeof(S);
+    return t.place == FAR && t.channels * t.inner == t.ld && row >= 256 && row <= longest;
+}
+
+/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where rows are short, or all lie
+ * differently. Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read. */
+static inline idx FN(unaligned_columns)(const S *x, tile_t t)
+{
+    idx cols = t.channels * t.inner, head = FN(misaligned)(x, cols, sizeof(S) * WIDTH);
+    return cols >= 256 && t.ld % WIDTH == 0 && head < cols ? head : 0;
+}
+
+/* Row `turn` of four: d joins the tree whose halves are `left` and `right`, the last one with it the sum. */
+#define TURN(W, sum, left, right, d)                                                                                   \
+    if (turn == 0) FN(put##W)(left + k, d);                                                                            \
+    else if (turn == 1) FN(put##W)(left + k, GET(W)(left + k) + d);                                                    \
+    else if (turn == 2) FN(put##W)(right + k, d);                                                                      \
+    else FN(put##W)(sum + k, GET(W)(sum + k) + (GET(W)(left + k) + (GET(W)(right + k) + d)));
+#define FOUR_TURNS(COLUMN, ASK)                                                                                        \
+    {                                                                                                                  \
+        { const int turn = 0; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
+        { const int turn = 1; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
+        { const int turn = 2; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
+        { const int turn = 3; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
+    }
+
+/* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
+static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
 
 /* k over all columns, as SWEEP goes over a run. ASK(k) comes before whole vectors. */
 #define SWEEP_COLUMNS(COLUMN, ASK)                                                                                     \
@@ -686,14 +808,36 @@ static inline idx FN(unaligned_columns)(const S *x, idx cols, idx ld)
         for (; k < cols; k++) { ONE_BY_ONE; COLUMN(1, T) }                                                             \
     }
 
+/* The sums s and q of groups of four rows, row by row; the row that comes next. */
+static __attribute__((noinline)) idx FN(moments_in_order)(const S *x, idx all, tile_t w, const T *pivot, T *s, T *q)
+{
+    T room[4][APART] LINED;
+    T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
+    idx r = 0, head = 0, cols = w.channels * w.inner;
+#define ASK(k) FN(ask_ahead)(x + r * w.ld, k, LEAD_FAR / (idx)sizeof(S));
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        V d = FN(less##W)(LOAD(W)(x + r * w.ld + k), GET(W)(pivot + k));                                               \
+        TURN(W, s, left_s, right_s, d)                                                                                 \
+        TURN(W, q, left_q, right_q, d * d)                                                                             \
+    }
+    while (r + 4 <= all) FOUR_TURNS(COLUMN, ASK)
+#undef COLUMN
+#undef ASK
+    return r;
+}
+
 /* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
 static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, double *m2)
 {
-    T pivot[APART], s[APART], q[APART];
+    T room[3][APART] LINED;
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
-    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, cols, w.ld), r = 0;
+    const int in_order = FN(one_by_one)(w, 2048);
+    idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
+    const idx shift = FN(to_line)(head);
+    T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     double count = (double)(rows * t.inner), inverse = 1.0 / count;
 
     FN(pivots)(x, rows, t, pivot);
@@ -701,9 +845,11 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     idx ahead = FN(rows_ahead)(w);
+    if (in_order) r = FN(moments_in_order)(x, all, w, pivot, s, q);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
-#define ASK(k) FN(ask)(row, k, w, ahead);
+        FN(ask_rest)(row, head, w, ahead);
+#define ASK(k) FN(ask)(row, k, head, w, ahead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
@@ -745,37 +891,29 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
 
 static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 
-/* Rows [0, all) of a tile. From memory one by one: it is read and written in order. Where the tensors are in cache, four at a time,
- * which share a load of the coefficients (`fours`: unless too much else is read and written). Where rows are streamed and end in the middle of a line, that line alone goes through the
- * cache, and all that is streamed waits for it: it is asked for in time. */
-#define EACH_ROW(SHIFT, fours)                                                                                         \
-    idx r = 0;                                                                                                         \
-    if (fours && cached && (len != ld || ld * (idx)sizeof(S) <= 2048))                                                          \
-        for (const idx rows = 4; r + 4 <= all; r += 4) {                                                               \
-            SWEEP_STORE                                                                                                \
-            SHIFT(4)                                                                                                   \
-        }                                                                                                              \
-    for (const idx rows = 1; r < all; r++) {                                                                           \
+/* Rows [0, all) of a tile, one by one: memory likes to be read and written in order, and coefficients that begin on a line cost
+ * less than the cache's own pace. Where rows are streamed and end in the middle of a line, that line alone goes through the cache,
+ * and all that is streamed waits for it: it is asked for in time. */
+#define EACH_ROW(SHIFT)                                                                                                \
+    for (idx r = 0; r < all; r++) {                                                                                    \
         if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1, 2);                              \
         if (streaming) SWEEP_STREAM else SWEEP_STORE                                                                   \
-        SHIFT(1)                                                                                                       \
+        SHIFT                                                                                                          \
     }
 
 /* IN x, added (or NULL), OUT y: `all` rows of `len` columns. out may be x or added. */
 INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
-                                 T slope, int streaming, int cached, idx ahead)
+                                 T slope, int streaming, idx ahead)
 {
     const T *restrict his = v.hi, *restrict as = v.a, *restrict bs = v.b;
-#define SHIFT(n) x += n * ld, added += kind == ADDED ? n * ld : 0, out += n * ld;
+#define SHIFT x += ld, added += kind == ADDED ? ld : 0, out += ld;
 #define PREPARE(W, i) __typeof__(GET(W)(his)) hi = GET(W)(his + i), a = GET(W)(as + i), b = GET(W)(bs + i);
 #define AHEAD(i)                                                                                                       \
-    if (rows == 1) {                                                                                                   \
-        FN(ask_ahead)(x, i, ahead);                                                                                    \
-        if (kind == ADDED) FN(ask_ahead)(added, i, ahead);                                                             \
-        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
-    }
+    FN(ask_ahead)(x, i, ahead);                                                                                        \
+    if (kind == ADDED) FN(ask_ahead)(added, i, ahead);                                                                 \
+    if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define FORMULA(W, i) Y(W, i, hi, a, b)
-    EACH_ROW(SHIFT, 1)
+    EACH_ROW(SHIFT)
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
@@ -783,36 +921,17 @@ INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out
 }
 
 static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
-                              T slope, int streaming, int cached, idx ahead)
+                              T slope, int streaming, idx ahead)
 {
     switch (kind) {
-    case PLAIN: FN(apply_columns_as)(PLAIN, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
-    case RELU: FN(apply_columns_as)(RELU, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
-    case LEAKY: FN(apply_columns_as)(LEAKY, x, added, out, all, ld, len, v, slope, streaming, cached, ahead); break;
-    default: FN(apply_columns_as)(ADDED, x, added, out, all, ld, len, v, slope, streaming, cached, ahead);
+    case PLAIN: FN(apply_columns_as)(PLAIN, x, added, out, all, ld, len, v, slope, streaming, ahead); break;
+    case RELU: FN(apply_columns_as)(RELU, x, added, out, all, ld, len, v, slope, streaming, ahead); break;
+    case LEAKY: FN(apply_columns_as)(LEAKY, x, added, out, all, ld, len, v, slope, streaming, ahead); break;
+    default: FN(apply_columns_as)(ADDED, x, added, out, all, ld, len, v, slope, streaming, ahead);
     }
 }
 
-INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
-                                    double *sum_dy, double *sum_dy_x)
-{
-    T s[APART], q[APART], repeated[3][APART];
-    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
-    const tile_t w = joined(t, join);
-    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, cols, w.ld), r = 0;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
-    if (join > 1) {
-        v.hi = FN(repeat)(v.hi, t.channels, join, repeated[0]);
-        v.a = FN(repeat)(v.a, t.channels, join, repeated[1]);
-        v.b = FN(repeat)(v.b, t.channels, join, repeated[2]);
-    }
-    memset(s, 0, (size_t)cols * sizeof(T));
-    memset(q, 0, (size_t)cols * sizeof(T));
-    idx ahead = FN(rows_ahead)(w);
-#define ASK(k)                                                                                                         \
-    FN(ask)(x + r * w.ld, k, w, ahead);                                                                                \
-    FN(ask)(dy + r * w.ld, k, w, ahead);                                                                               \
-    if (gate.kind == GATED) FN(ask)(gate.y + r * w.ld, k, w, ahead);
+/* g = dz and e = dz·(x − hi) of n rows. */
 #define ROWS(W, n, V)                                                                                                  \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
     UNROLLED for (int j = 0; j < n; j++) {                                                                             \
@@ -822,13 +941,64 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         if (gate.kind == GATED && gate.dz) FN(store##W)(gate.dz + at, g[j]);                                           \
         e[j] = g[j] * d;                                                                                               \
     }
+
+/* The sums s and q of groups of four rows, row by row; the row that comes next. */
+INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx all, tile_t w, FN(coefs) v, T *s, T *q)
+{
+    T room[4][APART] LINED;
+    T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
+    idx r = 0, head = 0, cols = w.channels * w.inner;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        ROWS(W, 1, V)                                                                                                  \
+        TURN(W, s, left_s, right_s, g[0])                                                                              \
+        TURN(W, q, left_q, right_q, e[0])                                                                              \
+    }
+    while (r + 4 <= all) FOUR_TURNS(COLUMN, NOTHING)
+#undef COLUMN
+    return r;
+}
+
+INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
+                                    double *sum_dy, double *sum_dy_x)
+{
+    T room[2][APART] LINED, shifted[3][APART] LINED;
+    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
+    const tile_t w = joined(t, join);
+    const int in_order = FN(one_by_one)(w, 1024);
+    idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    const idx shift = FN(to_line)(head);
+    T *s = room[0] + shift, *q = room[1] + shift;
+    if (join > 1 || shift) {
+        const idx values = t.channels * t.inner;
+        v.hi = FN(repeat)(v.hi, values, join, shifted[0] + shift);
+        if (needs_z) {
+            v.a = FN(repeat)(v.a, values, join, shifted[1] + shift);
+            v.b = FN(repeat)(v.b, values, join, shifted[2] + shift);
+        }
+    }
+    memset(s, 0, (size_t)cols * sizeof(T));
+    memset(q, 0, (size_t)cols * sizeof(T));
+    idx ahead = FN(rows_ahead)(w);
+#define ASK(k)                                                                                                         \
+    FN(ask)(x + r * w.ld, k, head, w, ahead);                                                                                \
+    FN(ask)(dy + r * w.ld, k, head, w, ahead);                                                                               \
+    if (gate.kind == GATED) FN(ask)(gate.y + r * w.ld, k, head, w, ahead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 4, V)                                                                                                  \
         FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    for (; r + 4 <= all; r += 4) SWEEP_COLUMNS(COLUMN, ASK)
+    if (in_order) r = FN(gradient_in_order)(gate, dy, x, all, w, v, s, q);
+    for (; r + 4 <= all; r += 4) {
+        FN(ask_rest)(x + r * w.ld, head, w, ahead);
+        FN(ask_rest)(dy + r * w.ld, head, w, ahead);
+        if (gate.kind == GATED) FN(ask_rest)(gate.y + r * w.ld, head, w, ahead);
+        SWEEP_COLUMNS(COLUMN, ASK)
+    }
 #undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
@@ -876,47 +1046,43 @@ static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx r
 /* IN dy, x, OUT dx, gate.dz (if GATED): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
  * may be dy. */
 INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
-                                 FN(slopes) g, int streaming, int cached, idx ahead)
+                                 FN(slopes) g, int streaming, idx ahead)
 {
     const T *restrict ms = g.m, *restrict as = g.v.a, *restrict his = g.v.hi, *restrict ks = g.k;
     const T *restrict bs = g.v.b;
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = FN(streams_beside)(gate, out, streaming);
-#define SHIFT(n)                                                                                                       \
-    x += n * ld, dy += n * ld, out += n * ld;                                                                          \
-    if (gate.kind == GATED) gate.y += n * ld, gate.dz += n * ld;
+#define SHIFT                                                                                                          \
+    x += ld, dy += ld, out += ld;                                                                                      \
+    if (gate.kind == GATED) gate.y += ld, gate.dz += ld;
 #define BESIDE_AHEAD(i)                                                                                                \
     if (gate.kind == GATED) {                                                                                          \
         FN(ask_ahead)(gate.y, i, ahead);                                                                               \
         if (!streams) FN(ask_to_write)(gate.dz, i, ahead);                                                             \
     }
 #define AHEAD(i)                                                                                                       \
-    if (rows == 1) {                                                                                                   \
-        FN(ask_ahead)(x, i, ahead), FN(ask_ahead)(dy, i, ahead);                                                       \
-        BESIDE_AHEAD(i)                                                                                                \
-        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
-    }
+    FN(ask_ahead)(x, i, ahead), FN(ask_ahead)(dy, i, ahead);                                                           \
+    BESIDE_AHEAD(i)                                                                                                    \
+    if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define PREPARE(W, i)                                                                                                  \
     __typeof__(GET(W)(ms)) m = GET(W)(ms + i), a = GET(W)(as + i), hi = GET(W)(his + i), k = GET(W)(ks + i),           \
                            b = needs_z ? GET(W)(bs + i) : m;
 #define FORMULA(W, i) ((PASS(W, i, FN(less##W)(LOAD(W)(x + i), hi)) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
     if (batch) {
-        EACH_ROW(SHIFT, gate.kind != GATED)
+        EACH_ROW(SHIFT)
     }
 #undef FORMULA
 #undef PREPARE
 #undef AHEAD
 #define AHEAD(i)                                                                                                       \
-    if (rows == 1) {                                                                                                   \
-        FN(ask_ahead)(dy, i, ahead);                                                                                   \
-        if (needs_z) FN(ask_ahead)(x, i, ahead);                                                                       \
-        BESIDE_AHEAD(i)                                                                                                \
-        if (!streaming) FN(ask_to_write)(out, i, ahead);                                                               \
-    }
+    FN(ask_ahead)(dy, i, ahead);                                                                                       \
+    if (needs_z) FN(ask_ahead)(x, i, ahead);                                                                           \
+    BESIDE_AHEAD(i)                                                                                                    \
+    if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define PREPARE(W, i)                                                                                                  \
     __typeof__(GET(W)(as)) a = GET(W)(as + i), hi = needs_z ? GET(W)(his + i) : a, b = needs_z ? GET(W)(bs + i) : a;
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
-        EACH_ROW(SHIFT, gate.kind != GATED)
+        EACH_ROW(SHIFT)
     }
 #undef FORMULA
 #undef AHEAD
@@ -926,14 +1092,14 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const 
 }
 
 static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
-                              FN(slopes) g, int streaming, int cached, idx ahead)
+                              FN(slopes) g, int streaming, idx ahead)
 {
     FN(gate_t) as = gate;
     switch (gate.kind) {
-    case PLAIN: as.kind = PLAIN; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
-    case RELU: as.kind = RELU; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
-    case LEAKY: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead); break;
-    default: as.kind = GATED; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, cached, ahead);
+    case PLAIN: as.kind = PLAIN; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
+    case RELU: as.kind = RELU; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
+    case LEAKY: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
+    default: as.kind = GATED; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead);
     }
 }
 
@@ -948,6 +1114,9 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef SWEEP_COLUMNS
 #undef ONE_BY_ONE
 #undef SWEEP_STREAM
+#undef SWEEP_PLANES
+#undef PLANE_STEP
+#undef SPLAT
 #undef SWEEP_STORE
 #undef SWEEP
 #undef STEP
@@ -957,6 +1126,8 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef MASK
 #undef MASK16
 #undef TREE
+#undef TURN
+#undef FOUR_TURNS
 #undef VEC
 #undef WIDTH
 #undef UNIT

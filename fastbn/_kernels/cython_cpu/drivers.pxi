@@ -7,6 +7,7 @@
 cimport cython
 cimport numpy as np
 from cython.parallel cimport prange
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -227,17 +228,22 @@ cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int
     return threads
 
 
+cdef enum:
+    LINE = 64
+
+
 cdef double *scratch(call_t *k, bint parts) except NULL:
-    """Coefficients, the parts' sums, the channels' sums; one allocation, of channels and not of elements."""
+    """Coefficients (from a cache line on), the parts' sums, the channels' sums; one allocation, of channels and not of elements."""
     cdef idx sums = 2 * k.chunks * k.channels if parts else 0
     cdef idx coefs = 5 * coefs_apart(k.channels)
-    cdef double *memory = <double *>malloc((sums + coefs + 2 * k.channels) * sizeof(double))
+    cdef double *memory = <double *>malloc((sums + coefs + 2 * k.channels) * sizeof(double) + LINE)
     if memory == NULL:
         raise MemoryError("fastbn: no memory for a call's scratch")
-    k.coefs = memory
-    k.part_mean, k.part_second = memory + coefs, memory + coefs + sums // 2
+    cdef double *lined = <double *>(<uintptr_t>memory + LINE - <uintptr_t>memory % LINE)
+    k.coefs = lined
+    k.part_mean, k.part_second = lined + coefs, lined + coefs + sums // 2
     if k.mean == NULL:  # a backward's own sums
-        k.mean, k.second = memory + coefs + sums, memory + coefs + sums + k.channels
+        k.mean, k.second = lined + coefs + sums, lined + coefs + sums + k.channels
     return memory
 
 

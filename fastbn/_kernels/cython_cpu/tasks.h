@@ -37,7 +37,8 @@ typedef struct {
     int to_var;
     result_t grad_weight, grad_bias;
     /* the plan */
-    int columns, fused, streaming, cached;
+    int columns, fused, streaming;
+    place_t place;
     idx ahead; /* elements: how far from where it works a second step asks for data */
     runs_t runs;
     idx tile, tiles;   /* channels a tile */
@@ -90,13 +91,14 @@ static void read_caches(void)
     last_level_cache = l3 > 0 ? l3 : l2 > 0 ? l2 : (idx)1 << 23;
 }
 
-/* Planes under this many elements are served as columns, given the images to make that worth while: a plane's own sums cost
- * more than a step that only goes over its elements. */
+/* Planes under this many elements are summed as columns, given the images to make that worth while. */
 #define SMALL_PLANE 1024
-#define SMALL_PLANE_TO_APPLY 128
 
 /* A tile of fewer columns than this, in the middle of longer rows, reads and writes memory in too small pieces. */
 #define NARROWEST 256
+
+/* Channels whose coefficients are worked out together. */
+#define SOME 64
 
 /* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
  * their coefficients in L1. Whole rows where a row is short, tiles of rows else; pieces of planes. */
@@ -110,33 +112,28 @@ static inline int whole_rows(const call_t *k) { return k->inner == 1 && k->chann
 static inline idx next_tile(const call_t *k, int threads, idx bytes)
 {
     idx columns = k->tile * k->inner, both = 2 * columns * k->outer * bytes;
-    return !k->cached && (both <= level2_cache || both <= last_level_cache / (4 * threads)) ? columns : 0;
+    return k->place != CACHED && (both <= level2_cache || both <= last_level_cache / (4 * threads)) ? columns : 0;
 }
 
-/* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
- * division depends on `threads`. */
-static void plan(call_t *k, int threads, int reads, int passes)
+/* Tiles and parts of runs: a channel, a block. */
+static void plan_runs(call_t *k, int threads)
 {
-    idx size = k->type == F64 ? 8 : k->type == F32 ? 4 : 2, columns = k->channels * k->inner, elements = k->outer * columns;
-    k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SMALL_PLANE_TO_APPLY) && k->outer >= 8);
-    /* Past the cache where the output does not fit in; a step that comes back to its input wants the cache for that. */
-    k->streaming = elements * size > (passes > 1 ? last_level_cache / 4 : last_level_cache);
-    k->cached = elements * size <= last_level_cache / 4;
-    if (!k->columns) {
-        k->runs = runs_of(k->outer, k->channels, k->inner);
-        k->tile = 1;
-        k->tiles = k->channels;
-        k->chunks = k->runs.blocks;
-        k->chunk = 1;
-        k->fused = k->channels >= 4 * (idx)threads;
-        k->ahead = k->fused && passes > 1 ? next_tile(k, threads, reads * size) : 0;
-        return;
-    }
-    idx rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
+    k->runs = runs_of(k->outer, k->channels, k->inner);
+    k->tile = 1;
+    k->tiles = k->channels;
+    k->chunks = k->runs.blocks;
+    k->chunk = 1;
+    k->fused = k->channels >= 4 * (idx)threads;
+}
+
+/* Tiles and parts of columns; `bytes` of memory an element of the tile takes. */
+static void plan_columns(call_t *k, idx bytes)
+{
+    idx columns = k->channels * k->inner, rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
     k->chunk = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
     k->chunks = (k->outer + k->chunk - 1) / k->chunk;
 
-    idx fits = level2_cache / 2 / (reads * size * k->outer); /* columns of a tile that stays in cache */
+    idx fits = level2_cache / 2 / (bytes * k->outer); /* columns of a tile that stays in cache */
     k->fused = fits >= least(columns, NARROWEST);
     idx width = MAX_COLUMNS;
     if (k->fused) {
@@ -149,14 +146,31 @@ static void plan(call_t *k, int threads, int reads, int passes)
     idx alike = k->inner % 16 == 0 ? 1 : k->inner % 8 == 0 ? 2 : k->inner % 4 == 0 ? 4 : k->inner % 2 == 0 ? 8 : 16;
     if (k->tile > alike) k->tile -= k->tile % alike;
     k->tiles = (k->channels + k->tile - 1) / k->tile;
+}
+
+/* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
+ * division depends on `threads`. */
+static void plan(call_t *k, int threads, int reads, int passes)
+{
+    idx size = k->type == F64 ? 8 : k->type == F32 ? 4 : 2, tensor = k->outer * k->channels * k->inner * size;
+    k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SHORTEST_PLANE) && k->outer >= 8);
+    k->place = tensor <= last_level_cache / 4 ? CACHED : tensor * reads <= last_level_cache ? NEAR : FAR;
+    if (k->columns) plan_columns(k, reads * size);
+    else plan_runs(k, threads);
+    /* What is asked for ahead: the next tile; or, where tiles are parts of rows, two rows on. */
     if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
-    else k->ahead = whole_rows(k) ? 0 : 2 * columns;
+    else k->ahead = k->columns && !whole_rows(k) ? 2 * k->channels * k->inner : 0;
+    /* Output goes past the cache where it does not fit in; that of a split step, which comes back to its input, where not all of them do
+     * (a fifth is left to others); and a fused one's, so that tiles stay in cache, from a quarter of it on. */
+    if (passes == 1) k->streaming = tensor > last_level_cache;
+    else if (k->fused) k->streaming = tensor > last_level_cache / 4;
+    else k->streaming = tensor * (least(reads, 2) + 1) > last_level_cache / 5 * 4;
 }
 
 /* Of a split call: planes that were summed as columns, but are not too small to go over one by one, are better written in order. */
 static void plan_to_apply(call_t *k)
 {
-    if (!k->columns || k->inner < SMALL_PLANE_TO_APPLY) return;
+    if (!k->columns || k->inner < SHORTEST_PLANE) return;
     k->columns = 0;
     k->runs = runs_of(k->outer, k->channels, k->inner);
     k->ahead = 0;
@@ -168,7 +182,7 @@ static inline idx coefs_apart(idx channels) { return (channels + 15) / 16 * 16 +
 static inline tile_t tile_of(const call_t *k, idx i, idx *first)
 {
     *first = i * k->tile;
-    tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner, k->cached};
+    tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner, k->place};
     return t;
 }
 
@@ -197,7 +211,7 @@ static inline tile_t part_of(const call_t *k, idx i, idx *row, idx *rows, idx *f
     *rows = least(*rows, k->outer - *row);
     if (tiles > 1) return tile_of(k, i % tiles, first);
     *first = 0;
-    tile_t all = {k->channels, k->inner, k->channels * k->inner, k->cached};
+    tile_t all = {k->channels, k->inner, k->channels * k->inner, k->place};
     return all;
 }
 

@@ -53,7 +53,7 @@ static FN(wide_t) FN(wide_of)(const call_t *k, idx c)
     double var = param_at(k->at_var, c), weight = param_at(k->weight, c);
     FN(coefs) v = {&w.hi, &w.ta, &w.tb};
     w.a = weight * inverse_std(var, k->eps);
-    FN(coef_set)(v, 0, w.mean, var, weight, w.b, k->eps);
+    FN(coefs_set)(v, 1, &w.mean, &var, &weight, &w.b, k->eps);
     return w;
 }
 
@@ -70,6 +70,13 @@ static __attribute__((noinline)) void FN(apply_wide)(const call_t *k, idx c, idx
         if (k->added) z += FN(load1)((const S *)k->added + i);
         FN(store1)((S *)k->out + i, FN(gate1)(kind_of(k), z, z, (T)k->slope));
     }
+}
+
+/* The same of channels that wrap around. */
+static inline int FN(any_wide_of)(const call_t *k, idx channel, idx planes)
+{
+    idx here = least(planes, k->channels - channel);
+    return FN(any_wide)(k, channel, here) || FN(any_wide)(k, 0, least(planes - here, k->channels));
 }
 
 /* ---- forward ---- */
@@ -171,33 +178,40 @@ static void FN(coefs_tile)(const call_t *k, idx i)
 {
     idx first;
     tile_t t = tile_of(k, i, &first);
-    FN(coefs) v = FN(coefs_from)(k, 0);
-    for (idx c = first; c < first + t.channels; c++)
-        FN(coef_set)(v, c, param_at(k->at_mean, c), param_at(k->at_var, c), param_at(k->weight, c), param_at(k->bias, c),
-                     k->eps);
+    double room[4][SOME];
+    for (idx c = first; c < first + t.channels; c += SOME) {
+        idx n = least(SOME, first + t.channels - c);
+        FN(coefs_set)(FN(coefs_from)(k, c), n, params_at(k->at_mean, c, n, room[0]), params_at(k->at_var, c, n, room[1]),
+                      params_at(k->weight, c, n, room[2]), params_at(k->bias, c, n, room[3]), k->eps);
+    }
 }
 
-/* Planes that end in the middle of a line: see EACH_ROW. */
-INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at)
+/* A stretch that ends in the middle of a line: see EACH_ROW. */
+INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at, idx len)
 {
-    if (k->streaming && k->inner % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(k->inner), 1, 2);
+    if (k->streaming && len % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(len), 1, 2);
 }
 
-static inline void FN(apply_plane)(const call_t *k, idx channel, idx at, idx len)
+/* `planes` planes of `inner` elements (or one piece of a plane), one behind the other from element `at` on; the first is of `channel`. */
+static void FN(apply_planes_at)(const call_t *k, idx channel, idx at, idx planes, idx inner)
 {
-    if (FN(is_wide)(k, channel)) {
-        FN(apply_wide)(k, channel, at, len);
+    if (planes > 1 && (inner < SHORTEST_PLANE || FN(any_wide_of)(k, channel, planes))) {
+        for (idx p = 0; p < planes; p++) FN(apply_planes_at)(k, (channel + p) % k->channels, at + p * inner, 1, inner);
         return;
     }
-    FN(ask_for_ragged_end)(k, at);
-    FN(apply_run)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, len, FN(coefs_from)(k, 0),
-                  channel, (T)k->slope, k->streaming, k->ahead);
+    if (FN(is_wide)(k, channel)) {
+        FN(apply_wide)(k, channel, at, inner);
+        return;
+    }
+    FN(ask_for_ragged_end)(k, at, planes * inner);
+    FN(apply_planes)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, planes, inner,
+                     FN(coefs_from)(k, 0), channel, k->channels, (T)k->slope, k->streaming, k->ahead);
 }
 
 static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
 {
     FN(apply_columns)(kind_of(k), (const S *)k->x + at, FN(from)(k->added, at), (S *)k->out + at, rows, ld, cols, v,
-                      (T)k->slope, k->streaming, k->cached, k->ahead);
+                      (T)k->slope, k->streaming, k->ahead);
 }
 
 /* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: elements to there. 0 where rows
@@ -206,6 +220,13 @@ static inline idx FN(to_aligned)(const S *out, idx ld, idx cols)
 {
     idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
     return cols == ld && cols <= SHORT_ROW && cols % vector == 0 && head < cols ? head : 0;
+}
+
+/* Elsewhere coefficients are copied to where they lie beside the output's aligned vectors, given rows enough: columns before those. */
+static inline idx FN(beside_aligned)(const S *out, idx rows, idx ld, idx cols)
+{
+    idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
+    return rows >= 8 && ld % vector == 0 && head < cols ? head : 0;
 }
 
 static inline T *FN(turn)(const T *values, idx n, idx by, T *turned)
@@ -227,7 +248,7 @@ static inline idx FN(rows_to_join)(const call_t *k, tile_t t)
 
 static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
 {
-    T turned[3][SHORT_ROW + 80];
+    T turned[3][SHORT_ROW + 80] LINED;
     idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
     if (head) {
         FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
@@ -235,26 +256,33 @@ static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx
         FN(apply_stretch)(k, at, 1, ld, head, v);
         FN(apply_stretch)(k, at + head, rows - 1, ld, cols, w);
         FN(apply_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
-    } else
+    } else {
+        idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
+        if (shift) {
+            v.hi = FN(repeat)(v.hi, cols, 1, turned[0] + shift);
+            v.a = FN(repeat)(v.a, cols, 1, turned[1] + shift);
+            v.b = FN(repeat)(v.b, cols, 1, turned[2] + shift);
+        }
         FN(apply_stretch)(k, at, rows, ld, cols, v);
+    }
 }
 
 /* Rows [row, row + rows) of a tile of columns. */
 static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
-    if (t.inner >= SMALL_PLANE_TO_APPLY || FN(any_wide)(k, first, t.channels)) {
+    if (t.inner >= SHORTEST_PLANE || FN(any_wide)(k, first, t.channels)) {
         for (idx r = row; r < row + rows; r++)
-            for (idx c = first; c < first + t.channels; c++) FN(apply_plane)(k, c, r * t.ld + c * t.inner, t.inner);
+            FN(apply_planes_at)(k, first, r * t.ld + first * t.inner, t.channels, t.inner);
         return;
     }
-    T room[3][APART];
+    T room[3][APART] LINED;
     FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, 1);
     idx at = row * t.ld + first * t.inner, cols = t.channels * t.inner, join = FN(rows_to_join)(k, t);
     if (join == 1) {
         FN(normalize_stretch)(k, at, rows, t.ld, cols, v);
         return;
     }
-    T repeated[3][SHORT_ROW + 80];
+    T repeated[3][SHORT_ROW + 80] LINED;
     FN(coefs) w = {FN(repeat)(v.hi, cols, join, repeated[0]), FN(repeat)(v.a, cols, join, repeated[1]),
                    FN(repeat)(v.b, cols, join, repeated[2])};
     idx joined = rows / join, rest = rows % join * cols;
@@ -270,8 +298,8 @@ static void FN(normalize_part)(const call_t *k, idx i)
         FN(normalize_rows)(k, row, rows, first, t);
     } else {
         idx some = planes_a_part(k), plane = i / k->runs.pieces * some, start = (i % k->runs.pieces) * BLOCK;
-        for (idx end = least(plane + some, k->outer * k->channels); plane < end; plane++)
-            FN(apply_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
+        FN(apply_planes_at)(k, plane % k->channels, plane * k->inner + start, least(some, k->outer * k->channels - plane),
+                          least(BLOCK, k->inner - start));
     }
 }
 
@@ -285,14 +313,14 @@ static void FN(forward_tile)(const call_t *k, idx i)
         FN(normalize_rows)(k, 0, k->outer, first, t);
     else
         for (idx n = k->outer - 1; n >= 0; n--)
-            FN(apply_plane)(k, first, (n * k->channels + first) * k->inner, k->inner);
+            FN(apply_planes_at)(k, first, (n * k->channels + first) * k->inner, 1, k->inner);
 }
 
 /* ---- backward ---- */
 
 /* In cache, the first step may as well write dz, and the second then has less to do; from memory, y and dy are read twice rather
  * than dz written through the cache. Half types would be rounded by it: their second step always begins with dy. */
-static inline int FN(dz_first)(const call_t *k) { return k->dz && k->cached && sizeof(S) == sizeof(T); }
+static inline int FN(dz_first)(const call_t *k) { return k->dz && k->place == CACHED && sizeof(S) == sizeof(T); }
 
 static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
 {
@@ -351,7 +379,7 @@ static __attribute__((noinline)) void FN(slope_wide)(const call_t *k, idx c, idx
 static void FN(gradient_chunk)(const call_t *k, idx chunk, idx first, tile_t t, double *sum_dy, double *sum_dy_x)
 {
     double block_dy[MAX_COLUMNS], block_dy_x[MAX_COLUMNS];
-    T room[3][APART];
+    T room[3][APART] LINED;
     kind_t kind = kind_of(k);
     FN(coefs) v = FN(spread)(FN(coefs_from)(k, first), t, room, kind == RELU || kind == LEAKY);
     const int any = FN(any_wide)(k, first, t.channels);
@@ -400,11 +428,20 @@ static void FN(gradient_part)(const call_t *k, idx i)
 /* The sums were taken about hi; the mean's low part is put right here. Then the parameters' gradients. */
 static inline void FN(gradient_done)(const call_t *k, idx first, idx channels)
 {
-    for (idx c = first; c < first + channels; c++) {
-        double mean = param_at(k->at_mean, c);
-        if (!FN(is_wide)(k, c)) k->second[c] -= (mean - (double)(T)mean) * k->mean[c];
-        result_set(k->grad_weight, c, k->second[c] * inverse_std(param_at(k->at_var, c), k->eps));
-        result_set(k->grad_bias, c, k->mean[c]);
+    double room[2][SOME], grad_weight[SOME];
+    for (idx c = first; c < first + channels; c += SOME) {
+        const idx n = least(SOME, first + channels - c);
+        const double *restrict mean = params_at(k->at_mean, c, n, room[0]), *restrict var = params_at(k->at_var, c, n, room[1]);
+        const double *restrict dy = k->mean + c;
+        const T *restrict hi = FN(coefs_from)(k, c).hi;
+        double *restrict dy_xmu = k->second + c;
+        for (idx j = 0; j < n; j++) {
+            double low = FN(wide)(hi[j]) ? 0 : mean[j] - (double)(T)mean[j];
+            dy_xmu[j] -= low * dy[j];
+            grad_weight[j] = dy_xmu[j] * inverse_std(var[j], k->eps);
+        }
+        results_set(k->grad_weight, c, n, grad_weight);
+        results_set(k->grad_bias, c, n, dy);
     }
 }
 
@@ -456,32 +493,38 @@ static void FN(slopes_tile)(const call_t *k, idx i)
     if (!k->batch) return; /* fixed statistics: the scale is all */
     idx first;
     tile_t t = tile_of(k, i, &first);
-    FN(slopes) g = FN(slopes_from)(k, 0);
-    for (idx c = first; c < first + t.channels; c++)
-        FN(slope_set)(g, c, param_at(k->at_mean, c), param_at(k->at_var, c), k->eps, k->mean[c], k->second[c],
-                      (double)(k->outer * k->inner));
+    double room[2][SOME];
+    for (idx c = first; c < first + t.channels; c += SOME) {
+        idx n = least(SOME, first + t.channels - c);
+        FN(slopes_set)(FN(slopes_from)(k, c), n, params_at(k->at_mean, c, n, room[0]), params_at(k->at_var, c, n, room[1]), k->eps,
+                       k->mean + c, k->second + c, (double)(k->outer * k->inner));
+    }
 }
 
-static void FN(slope_plane)(const call_t *k, idx channel, idx at, idx len)
+static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes, idx inner)
 {
-    if (FN(is_wide)(k, channel)) {
-        FN(slope_wide)(k, channel, at, len);
+    if (planes > 1 && (inner < SHORTEST_PLANE || FN(any_wide_of)(k, channel, planes))) {
+        for (idx p = 0; p < planes; p++) FN(slope_planes_at)(k, (channel + p) % k->channels, at + p * inner, 1, inner);
         return;
     }
-    FN(ask_for_ragged_end)(k, at);
-    FN(slope_run)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
-                  (S *)k->out + at, len, FN(slopes_from)(k, 0), channel, k->streaming, k->ahead);
+    if (FN(is_wide)(k, channel)) {
+        FN(slope_wide)(k, channel, at, inner);
+        return;
+    }
+    FN(ask_for_ragged_end)(k, at, planes * inner);
+    FN(slope_planes)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, planes,
+                     inner, FN(slopes_from)(k, 0), channel, k->channels, k->streaming, k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
     FN(slope_columns)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
-                      (S *)k->out + at, rows, ld, cols, g, k->streaming, k->cached, k->ahead);
+                      (S *)k->out + at, rows, ld, cols, g, k->streaming, k->ahead);
 }
 
 static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    T turned[5][SHORT_ROW + 80];
+    T turned[5][SHORT_ROW + 80] LINED;
     idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
     if (head) {
         FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
@@ -490,19 +533,28 @@ static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx 
         FN(slope_stretch)(k, at, 1, ld, head, g);
         FN(slope_stretch)(k, at + head, rows - 1, ld, cols, w);
         FN(slope_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
-    } else
+    } else {
+        idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
+        if (shift) {
+            g.v.hi = FN(repeat)(g.v.hi, cols, 1, turned[0] + shift);
+            g.v.a = FN(repeat)(g.v.a, cols, 1, turned[1] + shift);
+            g.v.b = FN(repeat)(g.v.b, cols, 1, turned[2] + shift);
+            g.m = FN(repeat)(g.m, cols, 1, turned[3] + shift);
+            g.k = FN(repeat)(g.k, cols, 1, turned[4] + shift);
+        }
         FN(slope_stretch)(k, at, rows, ld, cols, g);
+    }
 }
 
 static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t t)
 {
-    if (t.inner >= SMALL_PLANE_TO_APPLY || FN(any_wide)(k, first, t.channels)) {
+    if (t.inner >= SHORTEST_PLANE || FN(any_wide)(k, first, t.channels)) {
         for (idx r = row; r < row + rows; r++)
-            for (idx c = first; c < first + t.channels; c++) FN(slope_plane)(k, c, r * t.ld + c * t.inner, t.inner);
+            FN(slope_planes_at)(k, first, r * t.ld + first * t.inner, t.channels, t.inner);
         return;
     }
     FN(slopes) g = FN(slopes_from)(k, first);
-    T room[5][APART];
+    T room[5][APART] LINED;
     if (t.inner > 1) {
         g.v = FN(spread)(g.v, t, room, 1);
         if (k->batch) {
@@ -516,7 +568,7 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
         FN(gradient_stretch)(k, at, rows, t.ld, cols, g);
         return;
     }
-    T repeated[5][SHORT_ROW + 80];
+    T repeated[5][SHORT_ROW + 80] LINED;
     FN(slopes) w = {{FN(repeat)(g.v.hi, cols, join, repeated[0]), FN(repeat)(g.v.a, cols, join, repeated[1]),
                      FN(repeat)(g.v.b, cols, join, repeated[2])},
                     FN(repeat)(g.m, cols, join, repeated[3]), FN(repeat)(g.k, cols, join, repeated[4])};
@@ -533,8 +585,8 @@ static void FN(slope_part)(const call_t *k, idx i)
         FN(slope_rows)(k, row, rows, first, t);
     } else {
         idx some = planes_a_part(k), plane = i / k->runs.pieces * some, start = (i % k->runs.pieces) * BLOCK;
-        for (idx end = least(plane + some, k->outer * k->channels); plane < end; plane++)
-            FN(slope_plane)(k, plane % k->channels, plane * k->inner + start, least(BLOCK, k->inner - start));
+        FN(slope_planes_at)(k, plane % k->channels, plane * k->inner + start, least(some, k->outer * k->channels - plane),
+                          least(BLOCK, k->inner - start));
     }
 }
 
@@ -549,7 +601,7 @@ static void FN(backward_tile)(const call_t *k, idx i)
         FN(slope_rows)(k, 0, k->outer, first, t);
     else
         for (idx n = k->outer - 1; n >= 0; n--)
-            FN(slope_plane)(k, first, (n * k->channels + first) * k->inner, k->inner);
+            FN(slope_planes_at)(k, first, (n * k->channels + first) * k->inner, 1, k->inner);
 }
 
 /* ---- the limit ---- */
