@@ -10,6 +10,7 @@ import json
 import operator
 import os
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def eps(value: Any) -> float:
     """A positive, finite float."""
     if type(value) is not float:
         value = _number("eps", value)
-    if not 0.0 < value < float("inf"):
+    if not 0.0 < value < inf:
         raise ValueError(f"eps is {value}, and must be greater than 0 and finite")
     return value  # type: ignore[no-any-return]
 
@@ -229,7 +230,7 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, and must be a number") from None
     except OverflowError:
-        return float("inf")
+        return inf
 
 
 def positive(name: str, value: Any) -> int:
@@ -438,7 +439,7 @@ def path(value: Any) -> str:
 def epsilon(value: Any) -> float:
     """`eps` where it is called epsilon."""
     number = _number("epsilon", value)
-    if not 0.0 < number < float("inf"):
+    if not 0.0 < number < inf:
         raise ValueError(f"epsilon is {number}, and must be greater than 0 and finite")
     return number
 
@@ -709,7 +710,7 @@ def enough_valid(count: int, shape: tuple[int, ...]) -> None:
 
 def enough_weight(total: float) -> None:
     """A weight is how often a value counts: training needs more than one value a channel."""
-    if not 1 < total < float("inf"):
+    if not 1 < total < inf:
         raise ValueError(
             f"mask has weights that sum to {total}, and must in training have such as sum to more than 1 (a weight is "
             "how often its value counts) and to a finite number"
@@ -849,14 +850,14 @@ def exact_state(name: str, value: Any, mine: Array) -> Array:
 
 
 def number_in(
-    name: str, value: Any, low: float, high: float = float("inf"), *, above: bool = False, below: bool = False
+    name: str, value: Any, low: float, high: float = inf, *, above: bool = False, below: bool = False
 ) -> float:
     """A float from `low` to `high`; `above`: not `low` itself; `below`: not `high` itself, which infinity never is."""
     number = _number(name, value)
-    below = below or high == float("inf")
+    below = below or high == inf
     if not (low < number if above else low <= number) or not (number < high if below else number <= high):
         least = f"greater than {low:g}" if above else f"at least {low:g}"
-        most = "finite" if high == float("inf") else f"less than {high:g}" if below else f"at most {high:g}"
+        most = "finite" if high == inf else f"less than {high:g}" if below else f"at most {high:g}"
         raise ValueError(f"{name} is {value!r}, and must be {least} and {most}")
     return number
 
@@ -1066,7 +1067,7 @@ def deviation(init: Any, fan_in: int) -> float:
     """The standard deviation of weights at the start."""
     if isinstance(init, str) and init == "he":
         return float((2 / fan_in) ** 0.5)
-    if isinstance(init, (int, float)) and not isinstance(init, bool) and 0 <= init < float("inf"):
+    if isinstance(init, (int, float)) and not isinstance(init, bool) and 0 <= init < inf:
         return float(init)
     raise ValueError(f"init is {init!r}, and must be 'he', 'glorot' or a standard deviation of at least 0")
 
@@ -1125,7 +1126,7 @@ def sample_weight(value: Any, rows: int) -> tuple[Array, float]:
     if array.shape != (rows,):
         raise ValueError(f"sample_weight has shape {array.shape}, and must have shape ({rows},): one a row")
     total = float(array.sum(dtype=F64))
-    if not (array.min() >= 0 and 0 < total < float("inf")):
+    if not (array.min() >= 0 and 0 < total < inf):
         raise ValueError(
             f"sample_weight goes from {array.min()} to {array.max()}, and must be of at least 0, finite and not all 0"
         )

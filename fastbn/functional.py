@@ -419,8 +419,8 @@ def _forward(
 def _normalize(
     given: Any, x: Array, layout: Layout, mean: Array, var: Array, weight: Any, bias: Any, eps: float, slope: float,
     residual: Any, out: Array | None, num_threads: int | None, *, keep: bool = True,
-) -> tuple[Array, Saved]:  # fmt: skip
-    """y by given statistics."""
+) -> tuple[Array, Any]:  # fmt: skip
+    """y by given statistics. Without `keep` out may be x, and nothing is saved: None."""
     outer, channels, inner = layout[:3]
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
@@ -441,6 +441,8 @@ def _normalize(
         mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if x.size:
         kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
+    if not keep:
+        return y if memory is y else finish(memory, y, layout), None
     return _done(x, layout, mean, var, weight, bias, eps, False, slope, residual, memory, y)
 
 

@@ -181,7 +181,7 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
 #define SPLAT(W, value) ((value) - (__typeof__(GET(W)((const T *)0))){0})
 
 /* The same over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
- * FORMULA(W, i). Planes of fewer elements than a vector come alone; elsewhere a vector may belong to two channels, and no plane has
+ * FORMULA(W, i). Planes of fewer elements than a vector come alone, and all where `out` is never aligned; elsewhere a vector may belong to two channels, and no plane has
  * ragged ends. OF(W, c) has the coefficients of channel c, OF_BOTH(first, c, d) those of a vector that c and d share. */
 #define SWEEP_PLANES(STORE, STORE16)                                                                                   \
     {                                                                                                                  \

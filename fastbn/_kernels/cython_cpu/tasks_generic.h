@@ -192,10 +192,16 @@ INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at, idx len)
     if (k->streaming && len % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(len), 1, 2);
 }
 
+/* Not for SWEEP_PLANES: planes shorter than a vector, those of wide channels, and an output that no vector is aligned to. */
+static inline int FN(one_plane_at_a_time)(const call_t *k, idx channel, idx planes, idx inner)
+{
+    return inner < SHORTEST_PLANE || (uintptr_t)k->out % sizeof(S) || FN(any_wide_of)(k, channel, planes);
+}
+
 /* `planes` planes of `inner` elements (or one piece of a plane), one behind the other from element `at` on; the first is of `channel`. */
 static void FN(apply_planes_at)(const call_t *k, idx channel, idx at, idx planes, idx inner)
 {
-    if (planes > 1 && (inner < SHORTEST_PLANE || FN(any_wide_of)(k, channel, planes))) {
+    if (planes > 1 && FN(one_plane_at_a_time)(k, channel, planes, inner)) {
         for (idx p = 0; p < planes; p++) FN(apply_planes_at)(k, (channel + p) % k->channels, at + p * inner, 1, inner);
         return;
     }
@@ -503,7 +509,7 @@ static void FN(slopes_tile)(const call_t *k, idx i)
 
 static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes, idx inner)
 {
-    if (planes > 1 && (inner < SHORTEST_PLANE || FN(any_wide_of)(k, channel, planes))) {
+    if (planes > 1 && FN(one_plane_at_a_time)(k, channel, planes, inner)) {
         for (idx p = 0; p < planes; p++) FN(slope_planes_at)(k, (channel + p) % k->channels, at + p * inner, 1, inner);
         return;
     }
