@@ -97,7 +97,10 @@ static inline double param_at(param_t p, idx c)
 static inline const double *params_at(param_t p, idx c, idx n, double *room)
 {
     if (p.f64) return p.f64 + c;
-    for (idx i = 0; i < n; i++) room[i] = p.f32 ? (double)p.f32[c + i] : p.otherwise;
+    if (p.f32)
+        for (idx i = 0; i < n; i++) room[i] = (double)p.f32[c + i];
+    else
+        for (idx i = 0; i < n; i++) room[i] = p.otherwise;
     return room;
 }
 

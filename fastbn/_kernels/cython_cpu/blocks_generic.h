@@ -495,9 +495,9 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
     }
 #define FETCH(n)                                                                                                       \
     for (idx l = 0; next && l < (n); l += LINE) {                                                                      \
-        __builtin_prefetch(x + (r + 1) * next + i + l);                                                                \
-        __builtin_prefetch(dy + (r + 1) * next + i + l);                                                               \
-        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);                                   \
+        __builtin_prefetch(x + (r + 1) * next + i + l, 0, 2);                                                          \
+        __builtin_prefetch(dy + (r + 1) * next + i + l, 0, 2);                                                         \
+        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l, 0, 2);                             \
     }
     for (idx r = 0; r < b.runs; r++) {
         idx i = 0;
