@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from test_nn_layers import numeric_gradient
 from threadpoolctl import threadpool_limits
 
 import fastbn
@@ -43,19 +44,6 @@ def initial(layer, batch=BATCH, seed=3):
     """States before the first step that differ from row to row."""
     names = ("h0", "c0") if isinstance(layer, nn.LSTM) else ("h0",)
     return {name: sequences(seed + i, (batch, HIDDEN), layer.dtype) for i, name in enumerate(names)}
-
-
-def numeric_gradient(f, array, step=1e-6):
-    """Central differences of the number f() with respect to each element of `array`."""
-    gradient = np.empty_like(array)
-    for i in np.ndindex(array.shape):
-        kept = array[i]
-        array[i] = kept + step
-        above = f()
-        array[i] = kept - step
-        gradient[i] = (above - f()) / (2 * step)
-        array[i] = kept
-    return gradient
 
 
 def sigmoid(x):

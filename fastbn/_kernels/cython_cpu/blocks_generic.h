@@ -181,8 +181,9 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
 #define SPLAT(W, value) ((value) - (__typeof__(GET(W)((const T *)0))){0})
 
 /* The same over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
- * FORMULA(W, i). Planes of fewer elements than a vector come alone, and all where `out` is never aligned; elsewhere a vector may belong to two channels, and no plane has
- * ragged ends. OF(W, c) has the coefficients of channel c, OF_BOTH(first, c, d) those of a vector that c and d share. */
+ * FORMULA(W, i). Planes of fewer elements than a vector come alone, and all where `out` is never aligned; elsewhere a vector may
+ * belong to two channels, and no plane has ragged ends. OF(W, c) has the coefficients of channel c, OF_BOTH(first, c, d) those of
+ * a vector that c and d share. */
 #define SWEEP_PLANES(STORE, STORE16)                                                                                   \
     {                                                                                                                  \
         const idx len = planes * inner, few = FN(misaligned)(out, len, sizeof(S) * NARROW_WIDTH);                      \
@@ -700,6 +701,21 @@ static T *FN(repeat)(const T *values, idx n, idx times, T *repeated)
     return repeated;
 }
 
+/* The same of coefficients, into rooms that begin on a line, from element `shift` of each on. */
+static FN(coefs) FN(repeat_coefs)(FN(coefs) v, idx n, idx times, idx shift, T (*room)[APART])
+{
+    FN(coefs) w = {FN(repeat)(v.hi, n, times, room[0] + shift), FN(repeat)(v.a, n, times, room[1] + shift),
+                   FN(repeat)(v.b, n, times, room[2] + shift)};
+    return w;
+}
+
+static FN(slopes) FN(repeat_slopes)(FN(slopes) g, idx n, idx times, idx shift, T (*room)[APART])
+{
+    FN(slopes) w = {FN(repeat_coefs)(g.v, n, times, shift, room), FN(repeat)(g.m, n, times, room[3] + shift),
+                    FN(repeat)(g.k, n, times, room[4] + shift)};
+    return w;
+}
+
 /* One value a channel to one a column. */
 static void FN(spread_columns)(const T *channel, tile_t t, T *column)
 {
@@ -971,14 +987,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift;
-    if (join > 1 || shift) {
-        const idx values = t.channels * t.inner;
-        v.hi = FN(repeat)(v.hi, values, join, shifted[0] + shift);
-        if (needs_z) {
-            v.a = FN(repeat)(v.a, values, join, shifted[1] + shift);
-            v.b = FN(repeat)(v.b, values, join, shifted[2] + shift);
-        }
-    }
+    if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     idx ahead = FN(rows_ahead)(w);

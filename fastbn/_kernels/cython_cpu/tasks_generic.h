@@ -254,7 +254,7 @@ static inline idx FN(rows_to_join)(const call_t *k, tile_t t)
 
 static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
 {
-    T turned[3][SHORT_ROW + 80] LINED;
+    T turned[3][APART] LINED;
     idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
     if (head) {
         FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
@@ -264,11 +264,7 @@ static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx
         FN(apply_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
     } else {
         idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
-        if (shift) {
-            v.hi = FN(repeat)(v.hi, cols, 1, turned[0] + shift);
-            v.a = FN(repeat)(v.a, cols, 1, turned[1] + shift);
-            v.b = FN(repeat)(v.b, cols, 1, turned[2] + shift);
-        }
+        if (shift) v = FN(repeat_coefs)(v, cols, 1, shift, turned);
         FN(apply_stretch)(k, at, rows, ld, cols, v);
     }
 }
@@ -288,9 +284,8 @@ static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, ti
         FN(normalize_stretch)(k, at, rows, t.ld, cols, v);
         return;
     }
-    T repeated[3][SHORT_ROW + 80] LINED;
-    FN(coefs) w = {FN(repeat)(v.hi, cols, join, repeated[0]), FN(repeat)(v.a, cols, join, repeated[1]),
-                   FN(repeat)(v.b, cols, join, repeated[2])};
+    T repeated[3][APART] LINED;
+    FN(coefs) w = FN(repeat_coefs)(v, cols, join, 0, repeated);
     idx joined = rows / join, rest = rows % join * cols;
     FN(normalize_stretch)(k, at, joined, join * cols, join * cols, w);
     if (rest) FN(apply_stretch)(k, at + joined * join * cols, 1, rest, rest, w);
@@ -530,7 +525,7 @@ static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx col
 
 static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    T turned[5][SHORT_ROW + 80] LINED;
+    T turned[5][APART] LINED;
     idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
     if (head) {
         FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
@@ -541,13 +536,7 @@ static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx 
         FN(slope_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
     } else {
         idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
-        if (shift) {
-            g.v.hi = FN(repeat)(g.v.hi, cols, 1, turned[0] + shift);
-            g.v.a = FN(repeat)(g.v.a, cols, 1, turned[1] + shift);
-            g.v.b = FN(repeat)(g.v.b, cols, 1, turned[2] + shift);
-            g.m = FN(repeat)(g.m, cols, 1, turned[3] + shift);
-            g.k = FN(repeat)(g.k, cols, 1, turned[4] + shift);
-        }
+        if (shift) g = FN(repeat_slopes)(g, cols, 1, shift, turned);
         FN(slope_stretch)(k, at, rows, ld, cols, g);
     }
 }
@@ -574,10 +563,8 @@ static void FN(slope_rows)(const call_t *k, idx row, idx rows, idx first, tile_t
         FN(gradient_stretch)(k, at, rows, t.ld, cols, g);
         return;
     }
-    T repeated[5][SHORT_ROW + 80] LINED;
-    FN(slopes) w = {{FN(repeat)(g.v.hi, cols, join, repeated[0]), FN(repeat)(g.v.a, cols, join, repeated[1]),
-                     FN(repeat)(g.v.b, cols, join, repeated[2])},
-                    FN(repeat)(g.m, cols, join, repeated[3]), FN(repeat)(g.k, cols, join, repeated[4])};
+    T repeated[5][APART] LINED;
+    FN(slopes) w = FN(repeat_slopes)(g, cols, join, 0, repeated);
     idx joined = rows / join, rest = rows % join * cols;
     FN(gradient_stretch)(k, at, joined, join * cols, join * cols, w);
     if (rest) FN(slope_stretch)(k, at + joined * join * cols, 1, rest, rest, w);
