@@ -1557,10 +1557,11 @@ def _last_level_cache() -> int:
 def _streaming(y: Array, passes: int, channels: int, inner: int) -> int:
     """The alignment that streamed stores shall have; 0: no streaming.
 
-    They pay where the output does not fit the last-level cache; a call that comes back to its input wants the
-    cache for that.
+    They pay where the last-level cache does not hold input and output, a fifth of it left to others; a call that comes
+    back to its input wants the cache for that.
     """
-    if y.nbytes <= _last_level_cache() // (4 if passes > 1 else 1) or not y.flags.aligned:
+    most = _last_level_cache() // 4 if passes > 1 else _last_level_cache() * 2 // 5
+    if y.nbytes <= most or not y.flags.aligned:
         return 0
     if inner > 1:
         return LINE_ALIGNMENT

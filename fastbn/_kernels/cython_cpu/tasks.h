@@ -160,11 +160,10 @@ static void plan(call_t *k, int threads, int reads, int passes)
     /* What is asked for ahead: the next tile; or, where tiles are parts of rows, two rows on. */
     if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
     else k->ahead = k->columns && !whole_rows(k) ? 2 * k->channels * k->inner : 0;
-    /* Output goes past the cache where it does not fit in; that of a split step, which comes back to its input, where not all of them do
-     * (a fifth is left to others); and a fused one's, so that tiles stay in cache, from a quarter of it on. */
-    if (passes == 1) k->streaming = tensor > last_level_cache;
-    else if (k->fused) k->streaming = tensor > last_level_cache / 4;
-    else k->streaming = tensor * (least(reads, 2) + 1) > last_level_cache / 5 * 4;
+    /* Output goes past the cache where that does not hold it and all that is read (with a fifth left to others); a fused step's, so that
+     * tiles stay in cache, from a quarter of it on. */
+    idx tensors = least(reads, 2) + (k->added != NULL) + 1;
+    k->streaming = k->fused && passes > 1 ? tensor > last_level_cache / 4 : tensor * tensors > last_level_cache / 5 * 4;
 }
 
 /* Of a split call: planes that were summed as columns, but are not too small to go over one by one, are better written in order. */
