@@ -85,8 +85,10 @@ static inline double merge_columns(idx n, double count_a, double *mean_a, double
     return count;
 }
 
-/* A parameter vector of either type, or none (its default then stands). */
-typedef struct { const float *f32; const double *f64; double otherwise; } param_t;
+/* A parameter vector of either type, or none (its default then stands). It may begin at any byte. */
+typedef float any_float __attribute__((aligned(1), may_alias));
+typedef double any_double __attribute__((aligned(1), may_alias));
+typedef struct { const any_float *f32; const any_double *f64; double otherwise; } param_t;
 
 static inline double param_at(param_t p, idx c)
 {
@@ -96,8 +98,9 @@ static inline double param_at(param_t p, idx c)
 /* n of them from c on, in double precision: as they lie, or in `room`. */
 static inline const double *params_at(param_t p, idx c, idx n, double *room)
 {
-    if (p.f64) return p.f64 + c;
-    if (p.f32)
+    if (p.f64 && (uintptr_t)p.f64 % sizeof(double) == 0) return (const double *)p.f64 + c;
+    if (p.f64) memcpy(room, p.f64 + c, (size_t)n * sizeof(double));
+    else if (p.f32)
         for (idx i = 0; i < n; i++) room[i] = (double)p.f32[c + i];
     else
         for (idx i = 0; i < n; i++) room[i] = p.otherwise;

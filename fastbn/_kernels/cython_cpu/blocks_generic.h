@@ -276,7 +276,7 @@ static inline int FN(wide)(T hi) { return sizeof(T) < sizeof(double) && hi == (T
 
 static inline int FN(enough)(double coefficient)
 {
-    return !(fabs(coefficient) > LARGEST) & ((coefficient == 0) | !(fabs(coefficient) < SMALLEST));
+    return (!(fabs(coefficient) > LARGEST)) & ((coefficient == 0) | (!(fabs(coefficient) < SMALLEST)));
 }
 
 /* Of n channels at once, for a division or a root of eight costs little more than of one. */
@@ -992,8 +992,8 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     memset(q, 0, (size_t)cols * sizeof(T));
     idx ahead = FN(rows_ahead)(w);
 #define ASK(k)                                                                                                         \
-    FN(ask)(x + r * w.ld, k, head, w, ahead);                                                                                \
-    FN(ask)(dy + r * w.ld, k, head, w, ahead);                                                                               \
+    FN(ask)(x + r * w.ld, k, head, w, ahead);                                                                          \
+    FN(ask)(dy + r * w.ld, k, head, w, ahead);                                                                         \
     if (gate.kind == GATED) FN(ask)(gate.y + r * w.ld, k, head, w, ahead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \

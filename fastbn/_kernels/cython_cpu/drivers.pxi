@@ -60,13 +60,13 @@ cdef extern from "tasks.h":
     void moments_tile(const call_t *, idx) noexcept nogil
     void moments_part(const call_t *, idx) noexcept nogil
     void merge_moments_tile(const call_t *, idx) noexcept nogil
-    void coefs_tile(const call_t *, idx) noexcept nogil
+    void coefs_all(const call_t *, idx) noexcept nogil
     void normalize_part(const call_t *, idx) noexcept nogil
     void forward_tile(const call_t *, idx) noexcept nogil
     void gradient_tile(const call_t *, idx) noexcept nogil
     void gradient_part(const call_t *, idx) noexcept nogil
     void merge_gradient_tile(const call_t *, idx) noexcept nogil
-    void slopes_tile(const call_t *, idx) noexcept nogil
+    void slopes_all(const call_t *, idx) noexcept nogil
     void slope_part(const call_t *, idx) noexcept nogil
     void backward_tile(const call_t *, idx) noexcept nogil
     void limit_part(const call_t *, idx) noexcept nogil
@@ -384,7 +384,7 @@ def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np
     threads = prepare(&k, outer, channels, inner, threads, 1, 1)
     cdef double *memory = scratch(&k, False)
     with nogil:
-        run(coefs_tile, &k, k.tiles, 1, False)
+        coefs_all(&k, 0)
         run(normalize_part, &k, apply_parts(&k), threads, False)
         free(memory)
 
@@ -404,7 +404,7 @@ def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.n
             run(forward_tile, &k, k.tiles, threads, False)
         else:
             moments_split(&k, threads)
-            run(coefs_tile, &k, k.tiles, 1, False)
+            coefs_all(&k, 0)
             plan_to_apply(&k)
             run(normalize_part, &k, apply_parts(&k), threads, True)
         free(memory)
@@ -420,7 +420,7 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
     threads = prepare(&k, outer, channels, inner, threads, 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
-        run(coefs_tile, &k, k.tiles, 1, False)
+        coefs_all(&k, 0)
         if k.fused:
             run(gradient_tile, &k, k.tiles, threads, False)
         else:
@@ -444,8 +444,8 @@ def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx ch
     threads = prepare(&k, outer, channels, inner, threads, 2, 1)
     cdef double *memory = scratch(&k, False)
     with nogil:
-        run(coefs_tile, &k, k.tiles, 1, False)
-        run(slopes_tile, &k, k.tiles, 1, False)
+        coefs_all(&k, 0)
+        slopes_all(&k, 0)
         run(slope_part, &k, apply_parts(&k), threads, False)
         free(memory)
 
@@ -467,9 +467,9 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
         if k.fused:
             run(backward_tile, &k, k.tiles, threads, False)
         else:
-            run(coefs_tile, &k, k.tiles, 1, False)
+            coefs_all(&k, 0)
             gradient_split(&k, threads)
-            run(slopes_tile, &k, k.tiles, 1, False)
+            slopes_all(&k, 0)
             plan_to_apply(&k)
             run(slope_part, &k, apply_parts(&k), threads, True)
         free(memory)

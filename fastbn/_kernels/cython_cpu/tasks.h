@@ -160,13 +160,13 @@ static void plan(call_t *k, int threads, int reads, int passes)
     /* What is asked for ahead: the next tile; or, where tiles are parts of rows, two rows on. */
     if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
     else k->ahead = k->columns && !whole_rows(k) ? 2 * k->channels * k->inner : 0;
-    /* Output goes past the cache where that does not hold it and all that is read (with a fifth left to others); a fused step's, so that
-     * tiles stay in cache, from a quarter of it on. */
+    /* Output goes past the cache where that does not hold it and what is read (of a backward x and dy, whatever more there is), a fifth
+     * left to others; a fused step's, so that tiles stay in cache, from a quarter of it on. */
     idx tensors = least(reads, 2) + (k->added != NULL) + 1;
     k->streaming = k->fused && passes > 1 ? tensor > last_level_cache / 4 : tensor * tensors > last_level_cache / 5 * 4;
 }
 
-/* Of a split call: planes that were summed as columns, but are not too small to go over one by one, are better written in order. */
+/* Of a split call: planes that were summed as columns are better written as they lie, in order. */
 static void plan_to_apply(call_t *k)
 {
     if (!k->columns || k->inner < SHORTEST_PLANE) return;
@@ -249,13 +249,13 @@ typedef void (*task_t)(const call_t *, idx);
 TASK(moments_tile)
 TASK(moments_part)
 TASK(merge_moments_tile)
-TASK(coefs_tile)
+TASK(coefs_all)
 TASK(normalize_part)
 TASK(forward_tile)
 TASK(gradient_tile)
 TASK(gradient_part)
 TASK(merge_gradient_tile)
-TASK(slopes_tile)
+TASK(slopes_all)
 TASK(slope_part)
 TASK(backward_tile)
 TASK(limit_part)

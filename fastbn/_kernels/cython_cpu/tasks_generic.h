@@ -174,17 +174,24 @@ static void FN(moments_tile)(const call_t *k, idx i)
     FN(moments_done)(k, first, t.channels);
 }
 
-static void FN(coefs_tile)(const call_t *k, idx i)
+static void FN(coefs_of)(const call_t *k, idx first, idx channels)
 {
-    idx first;
-    tile_t t = tile_of(k, i, &first);
     double room[4][SOME];
-    for (idx c = first; c < first + t.channels; c += SOME) {
-        idx n = least(SOME, first + t.channels - c);
+    for (idx c = first; c < first + channels; c += SOME) {
+        idx n = least(SOME, first + channels - c);
         FN(coefs_set)(FN(coefs_from)(k, c), n, params_at(k->at_mean, c, n, room[0]), params_at(k->at_var, c, n, room[1]),
                       params_at(k->weight, c, n, room[2]), params_at(k->bias, c, n, room[3]), k->eps);
     }
 }
+
+static void FN(coefs_tile)(const call_t *k, idx i)
+{
+    idx first;
+    tile_t t = tile_of(k, i, &first);
+    FN(coefs_of)(k, first, t.channels);
+}
+
+static void FN(coefs_all)(const call_t *k, idx i) { FN(coefs_of)(k, 0, k->channels); }
 
 /* A stretch that ends in the middle of a line: see EACH_ROW. */
 INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at, idx len)
@@ -437,8 +444,8 @@ static inline void FN(gradient_done)(const call_t *k, idx first, idx channels)
         const T *restrict hi = FN(coefs_from)(k, c).hi;
         double *restrict dy_xmu = k->second + c;
         for (idx j = 0; j < n; j++) {
-            double low = FN(wide)(hi[j]) ? 0 : mean[j] - (double)(T)mean[j];
-            dy_xmu[j] -= low * dy[j];
+            double right = dy_xmu[j] - (mean[j] - (double)(T)mean[j]) * dy[j];
+            dy_xmu[j] = FN(wide)(hi[j]) ? dy_xmu[j] : right;
             grad_weight[j] = dy_xmu[j] * inverse_std(var[j], k->eps);
         }
         results_set(k->grad_weight, c, n, grad_weight);
@@ -489,19 +496,27 @@ static void FN(gradient_tile)(const call_t *k, idx i)
     FN(gradient_done)(k, first, t.channels);
 }
 
-static void FN(slopes_tile)(const call_t *k, idx i)
+static void FN(slopes_of)(const call_t *k, idx first, idx channels)
 {
     if (!k->batch) return; /* fixed statistics: the scale is all */
-    idx first;
-    tile_t t = tile_of(k, i, &first);
     double room[2][SOME];
-    for (idx c = first; c < first + t.channels; c += SOME) {
-        idx n = least(SOME, first + t.channels - c);
+    for (idx c = first; c < first + channels; c += SOME) {
+        idx n = least(SOME, first + channels - c);
         FN(slopes_set)(FN(slopes_from)(k, c), n, params_at(k->at_mean, c, n, room[0]), params_at(k->at_var, c, n, room[1]), k->eps,
                        k->mean + c, k->second + c, (double)(k->outer * k->inner));
     }
 }
 
+static void FN(slopes_tile)(const call_t *k, idx i)
+{
+    idx first;
+    tile_t t = tile_of(k, i, &first);
+    FN(slopes_of)(k, first, t.channels);
+}
+
+static void FN(slopes_all)(const call_t *k, idx i) { FN(slopes_of)(k, 0, k->channels); }
+
+/* As apply_planes_at. */
 static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes, idx inner)
 {
     if (planes > 1 && FN(one_plane_at_a_time)(k, channel, planes, inner)) {
