@@ -677,14 +677,13 @@ static __attribute__((noinline)) void FN(moments_column_slow)(const S *x, idx ro
 }
 
 /* Column sums to channel sums, in float64: where a channel has one column, there is nothing to add. */
-static void FN(fold_columns)(const T *column, tile_t t, idx join, double *sum)
+static void FN(fold_columns)(const T *restrict column, tile_t t, idx join, double *restrict sum)
 {
-    if (t.inner == 1)
-        for (idx c = 0; c < t.channels; c++) {
-            sum[c] = (double)column[c];
-            for (idx j = 1; j < join; j++) sum[c] += (double)column[j * t.channels + c];
-        }
-    else
+    if (t.inner == 1) {
+        for (idx c = 0; c < t.channels; c++) sum[c] = (double)column[c];
+        for (idx j = 1; j < join; j++)
+            for (idx c = 0; c < t.channels; c++) sum[c] += (double)column[j * t.channels + c];
+    } else
         for (idx c = 0; c < t.channels; c++) {
             const T *mine = column + c * t.inner;
             idx even = t.inner / 8 * 8;
@@ -730,10 +729,11 @@ static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
     const T quarter = (T)0.25;
     if (t.inner > 1)
         for (idx c = 0; c < t.channels; c++) {
-            T row[16];
-            const idx few = t.inner < 16 ? 1 : 16;
-            for (idx j = 0; j < few; j++) row[j] = FN(load1)(x + c * t.inner + j);
-            T mean = t.inner < 16 ? row[0] : FN(pivot_of)((T)(FN(sum_lanes)(row, 16) / 16));
+            T mean = FN(load1)(x + c * t.inner), row[16];
+            if (t.inner >= 16) {
+                UNROLLED for (idx j = 0; j < 16; j += NARROW_WIDTH) FN(put16)(row + j, FN(load16)(x + c * t.inner + j));
+                mean = FN(pivot_of)((T)(FN(sum_lanes)(row, 16) / 16));
+            }
             for (idx j = 0; j < t.inner; j++) pivot[c * t.inner + j] = mean;
         }
     else if (rows >= 4) {
@@ -843,6 +843,21 @@ static __attribute__((noinline)) idx FN(moments_in_order)(const S *x, idx all, t
     return r;
 }
 
+/* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether any of them does not stand. */
+static int64_t FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum, const double *restrict squares,
+                                double *restrict mean, double *restrict m2)
+{
+    const double inverse = 1.0 / count;
+    int64_t doubtful = 0;
+    for (idx c = 0; c < channels; c++) {
+        double shift = sum[c] * inverse;
+        mean[c] += shift;
+        m2[c] = squares[c] - sum[c] * shift;
+        doubtful |= !FN(stands)(sum[c], squares[c], m2[c], count, first);
+    }
+    return doubtful;
+}
+
 /* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
 static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, double *m2)
 {
@@ -854,7 +869,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
     const idx shift = FN(to_line)(head);
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
-    double count = (double)(rows * t.inner), inverse = 1.0 / count;
+    const double count = (double)(rows * t.inner);
 
     FN(pivots)(x, rows, t, pivot);
     FN(repeat)(pivot, t.channels, join, pivot);
@@ -893,13 +908,10 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
 
     FN(fold_columns)(s, t, join, sum);
     FN(fold_columns)(q, t, join, squares);
-    int64_t doubtful = 0;
-    for (idx c = 0; c < t.channels; c++) {
-        double shift = sum[c] * inverse;
-        mean[c] = (double)pivot[c * t.inner] + shift;
-        m2[c] = squares[c] - sum[c] * shift;
-        doubtful |= !FN(stands)(sum[c], squares[c], m2[c], count, t.inner);
-    }
+    if (t.inner == 1) FN(fold_columns)(pivot, t, 1, mean);
+    else
+        for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c * t.inner];
+    int64_t doubtful = FN(moments_from_sums)(t.channels, count, t.inner, sum, squares, mean, m2);
     if (doubtful)
         for (idx c = 0; c < t.channels; c++)
             if (!FN(stands)(sum[c], squares[c], m2[c], count, t.inner)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
@@ -976,6 +988,14 @@ INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx a
     return r;
 }
 
+/* Or NaN. */
+static int64_t FN(any_infinite)(idx n, const double *sum)
+{
+    int64_t any = 0;
+    for (idx i = 0; i < n; i++) any |= sum[i] - sum[i] != 0;
+    return any;
+}
+
 INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                     double *sum_dy, double *sum_dy_x)
 {
@@ -1024,9 +1044,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
 #undef ASK
     FN(fold_columns)(s, t, join, sum_dy);
     FN(fold_columns)(q, t, join, sum_dy_x);
-    double probe = 0;
-    for (idx c = 0; c < t.channels; c++) probe += (sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]);
-    if (probe != 0)
+    if (FN(any_infinite)(t.channels, sum_dy) | FN(any_infinite)(t.channels, sum_dy_x))
         for (idx c = 0; c < t.channels; c++)
             if ((sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]) != 0) {
                 block_t b = {0, rows, t.ld, t.inner};

@@ -55,6 +55,7 @@ cdef extern from "tasks.h":
     void plan(call_t *, int, int, int) noexcept nogil
     void plan_to_apply(call_t *) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
+    double parts_worth(const call_t *) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
     void moments_tile(const call_t *, idx) noexcept nogil
@@ -207,6 +208,16 @@ def team_from(int threads):
 
 
 cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:
+    share(task, k, tasks, <double>tasks, threads, backwards)
+
+
+cdef void run_parts(task_t task, const call_t *k, int threads) noexcept nogil:
+    """The parts of a sum over columns: the last chunk may be short."""
+    share(task, k, k.chunks * k.tiles, parts_worth(k), threads, False)
+
+
+cdef void share(task_t task, const call_t *k, idx tasks, double worth, int threads, bint backwards) noexcept nogil:
+    """Equal shares of tasks that are `worth` so many whole ones, the last ones less."""
     cdef int t
     if threads > tasks:
         threads = <int>tasks
@@ -214,7 +225,7 @@ cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwar
         walk(task, k, 0, tasks, backwards)
         return
     for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-        walk(task, k, t * tasks // threads, (t + 1) * tasks // threads, backwards)
+        walk(task, k, <idx>(worth * t / threads), <idx>(worth * (t + 1) / threads) if t + 1 < threads else tasks, backwards)
 
 
 cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads,
@@ -370,7 +381,7 @@ def moments(np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean, n
 
 
 cdef void moments_split(call_t *k, int threads) noexcept nogil:
-    run(moments_part, k, k.chunks * k.tiles, threads, False)
+    run_parts(moments_part, k, threads)
     run(merge_moments_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
 
 
@@ -429,7 +440,7 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
 
 
 cdef void gradient_split(call_t *k, int threads) noexcept nogil:
-    run(gradient_part, k, k.chunks * k.tiles, threads, False)
+    run_parts(gradient_part, k, threads)
     run(merge_gradient_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
 
 

@@ -7,7 +7,8 @@
  *     split   all parts, then all tiles (merge), then all parts, last part first:            moments_part, merge_moments_tile,
  *                                                                                            normalize_part …
  *
- * Split serves where there are too few channels for the threads, or where even a narrow tile would not stay in cache. */
+ * Split serves where there are too few channels for the threads, where even a narrow tile would not stay in cache, and for small
+ * planes of a tensor that is in cache altogether. */
 #ifndef FASTBN_TASKS_H
 #define FASTBN_TASKS_H
 
@@ -140,6 +141,8 @@ static void plan_columns(call_t *k, idx bytes)
         idx eighth = (columns / 8 + 15) / 16 * 16; /* enough tiles to share out */
         if (eighth < NARROWEST) eighth = NARROWEST;
         width = least(least(fits, eighth), MAX_COLUMNS);
+        /* In cache, planes are written faster in order, from wherever the cache has them, than row by row of a tile. */
+        k->fused = k->place != CACHED || k->inner < SHORTEST_PLANE;
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
     /* Tiles whose first columns all lie alike to cache lines. */
@@ -183,6 +186,12 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     *first = i * k->tile;
     tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner, k->place};
     return t;
+}
+
+/* How many whole ones the parts of a sum are worth: the last chunk of columns may be short. */
+static inline double parts_worth(const call_t *k)
+{
+    return (double)k->tiles * (k->columns ? (double)k->outer / (double)k->chunk : (double)k->chunks);
 }
 
 static inline idx rows_a_part(const call_t *k)
