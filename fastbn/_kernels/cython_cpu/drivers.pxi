@@ -55,7 +55,7 @@ cdef extern from "tasks.h":
     void plan(call_t *, int, int, int) noexcept nogil
     void plan_to_apply(call_t *) noexcept nogil
     idx apply_parts(const call_t *) noexcept nogil
-    double parts_worth(const call_t *) noexcept nogil
+    idx part_from(const call_t *, int, int) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
     void moments_tile(const call_t *, idx) noexcept nogil
@@ -208,16 +208,6 @@ def team_from(int threads):
 
 
 cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:
-    share(task, k, tasks, <double>tasks, threads, backwards)
-
-
-cdef void run_parts(task_t task, const call_t *k, int threads) noexcept nogil:
-    """The parts of a sum over columns: the last chunk may be short."""
-    share(task, k, k.chunks * k.tiles, parts_worth(k), threads, False)
-
-
-cdef void share(task_t task, const call_t *k, idx tasks, double worth, int threads, bint backwards) noexcept nogil:
-    """Equal shares of tasks that are `worth` so many whole ones, the last ones less."""
     cdef int t
     if threads > tasks:
         threads = <int>tasks
@@ -225,7 +215,19 @@ cdef void share(task_t task, const call_t *k, idx tasks, double worth, int threa
         walk(task, k, 0, tasks, backwards)
         return
     for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-        walk(task, k, <idx>(worth * t / threads), <idx>(worth * (t + 1) / threads) if t + 1 < threads else tasks, backwards)
+        walk(task, k, t * tasks // threads, (t + 1) * tasks // threads, backwards)
+
+
+cdef void run_parts(task_t task, const call_t *k, int threads) noexcept nogil:
+    """The parts of a sum, in shares of as many rows."""
+    cdef int t
+    if threads > k.chunks * k.tiles:
+        threads = <int>(k.chunks * k.tiles)
+    if threads <= 1:
+        walk(task, k, 0, k.chunks * k.tiles, False)
+        return
+    for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
+        walk(task, k, part_from(k, t, threads), part_from(k, t + 1, threads), False)
 
 
 cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads,

@@ -188,10 +188,15 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     return t;
 }
 
-/* How many whole ones the parts of a sum are worth: the last chunk of columns may be short. */
-static inline double parts_worth(const call_t *k)
+/* The part of a sum from which on share t of n begins. All parts are worth the same, but for those of columns' last chunk, which
+ * may be short. */
+static inline idx part_from(const call_t *k, idx t, idx n)
 {
-    return (double)k->tiles * (k->columns ? (double)k->outer / (double)k->chunk : (double)k->chunks);
+    idx whole = (k->chunks - 1) * k->tiles, all = k->chunks * k->tiles;
+    double last = k->columns ? (double)(k->outer - (k->chunks - 1) * k->chunk) / (double)k->chunk : 1;
+    double from = (double)t * ((double)whole + last * (double)k->tiles) / (double)n;
+    if (t == n) return all;
+    return (idx)(from <= (double)whole ? from : (double)whole + (from - (double)whole) / last);
 }
 
 static inline idx rows_a_part(const call_t *k)
