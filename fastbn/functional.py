@@ -435,10 +435,9 @@ def _normalize(
         residual = None if residual is None else like("residual", residual, x, layout)
         memory, y = output("out", out, x, layout)
         checks.overlap("out", out, others, same_as=("residual",) if keep else ("x", "residual"))
+        mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if keep:  # a training step may update the running statistics before the backward pass
         mean, var = mean.copy(), var.copy()
-    elif not (mean.flags.c_contiguous and var.flags.c_contiguous):
-        mean, var = np.ascontiguousarray(mean), np.ascontiguousarray(var)
     if x.size:
         kernels.normalize(x, memory, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
     if not keep:

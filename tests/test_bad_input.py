@@ -428,7 +428,9 @@ def test_state_only_type_and_value_errors(state):
         assert {name: value.tobytes() for name, value in layer.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("call", [fastbn.moments, fastbn.batch_norm_forward, fastbn.BatchNorm(2)], ids=str)
+@pytest.mark.parametrize(
+    "call", [fastbn.moments, fastbn.batch_norm_forward, fastbn.BatchNorm(2)], ids=["moments", "forward", "layer"]
+)
 def test_ragged(call):
     with pytest.raises(TypeError, match="x is a ragged list, and must be an array of numbers"):
         call([[1.0, 2.0], [3.0]])

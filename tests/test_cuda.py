@@ -888,29 +888,6 @@ def test_another_device(cupy):
         fastbn.batch_norm_forward(x, weight)
 
 
-@simulated
-def test_bench_checks(monkeypatch, capsys):
-    """bench/cuda.py, which is for real hardware, finds a small case right, and says so where one is not."""
-    path = Path(__file__).parent.parent / "bench" / "cuda.py"
-    if not path.exists():
-        pytest.skip("the benchmarks are not part of this copy")
-    spec = importlib.util.spec_from_file_location("bench_cuda", path)
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    monkeypatch.setattr(bench, "TINY", [((3, 2, 4), 1)])
-    monkeypatch.setattr(bench, "FORMS", [("relu", True)])
-    monkeypatch.setattr(sys, "argv", ["cuda.py", "--check", "--seed", "5"])
-    bench.main()
-    assert "checking, seed 5" in capsys.readouterr().out
-    monkeypatch.setitem(bench.LIMITS, "dx", 1e-9)
-    with pytest.raises(SystemExit, match=r"dx is off by .* units, and at most 1e-09 are allowed: shape \(3, 2, 4\)"):
-        bench.main()
-    monkeypatch.setattr(sys, "argv", ["cuda.py"])
-    monkeypatch.setitem(bench.LIMITS, "dx", 8.0)
-    with pytest.raises(SystemExit, match="a simulated GPU has no speed"):
-        bench.main()
-
-
 # ---- without a GPU ----
 
 
@@ -1238,7 +1215,7 @@ def test_compiled_kernels_with_given_statistics(compiler, monkeypatch, of_dtype,
     assert {name.rsplit("_", 1)[0] for name in gpu.launched} >= {"normalize", "gradients", "finish"}
 
 
-# ---- more of the benchmark's own checks ----
+# ---- the benchmark's own checks ----
 
 
 @pytest.fixture
@@ -1250,6 +1227,23 @@ def bench():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@simulated
+def test_bench_checks(bench, monkeypatch, capsys):
+    """bench/cuda.py, which is for real hardware, finds a small case right, and says so where one is not."""
+    monkeypatch.setattr(bench, "TINY", [((3, 2, 4), 1)])
+    monkeypatch.setattr(bench, "FORMS", [("relu", True)])
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--check", "--seed", "5"])
+    bench.main()
+    assert "checking, seed 5" in capsys.readouterr().out
+    monkeypatch.setitem(bench.LIMITS, "dx", 1e-9)
+    with pytest.raises(SystemExit, match=r"dx is off by .* units, and at most 1e-09 are allowed: shape \(3, 2, 4\)"):
+        bench.main()
+    monkeypatch.setattr(sys, "argv", ["cuda.py"])
+    monkeypatch.setitem(bench.LIMITS, "dx", 8.0)
+    with pytest.raises(SystemExit, match="a simulated GPU has no speed"):
+        bench.main()
 
 
 @simulated

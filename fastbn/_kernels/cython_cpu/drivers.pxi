@@ -327,10 +327,15 @@ cdef inline bint alike(np.ndarray x, object array) noexcept:
     return True
 
 
+cdef inline bint in_order(object array) noexcept:
+    """An ndarray itself, in C order."""
+    return type(array) is np.ndarray and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)
+
+
 cdef inline bint apart(np.ndarray out, object array) noexcept:
     if array is None:
         return True
-    if type(array) is not np.ndarray or not np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array):
+    if not in_order(array):
         return False
     cdef char *a = <char *>data(out)
     cdef char *b = <char *>data(<np.ndarray>array)
@@ -340,13 +345,16 @@ cdef inline bint apart(np.ndarray out, object array) noexcept:
 def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
     """Whether the arguments are as most are, so that they need no further look. x is C-contiguous and checked.
 
-    weight, bias: None or plain vectors. like, out: None or plain arrays as x; out writeable, and apart from all the
-    others, or exactly `like`.
+    weight, bias: None or plain vectors. like, out: None or plain arrays as x; others: None or in C order; out writeable, and apart
+    from all the others, or exactly `like`.
     """
     if not (plain(x) and vector(weight, channels) and vector(bias, channels)):
         return False
     if like is not None and not alike(x, like):
         return False
+    for array in others:
+        if array is not None and not in_order(array):
+            return False
     if out is None:
         return True
     if not (alike(x, out) and np.PyArray_ISWRITEABLE(<np.ndarray>out) and apart(out, x) and apart(out, weight)):

@@ -227,26 +227,30 @@ static void FN(apply_stretch)(const call_t *k, idx at, idx rows, idx ld, idx col
                       (T)k->slope, k->streaming, k->ahead);
 }
 
-/* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: elements to there. 0 where rows
- * lie apart, or the next row would not be aligned. */
-static inline idx FN(to_aligned)(const S *out, idx ld, idx cols)
+/* Columns before the first from which on the output's vectors are aligned; 0 if none is. */
+static inline idx FN(to_aligned)(const S *out, idx cols)
 {
-    idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
-    return cols == ld && cols <= SHORT_ROW && cols % vector == 0 && head < cols ? head : 0;
+    idx head = FN(misaligned)(out, cols, (uintptr_t)(VECTOR_BYTES / sizeof(T) * sizeof(S)));
+    return head < cols ? head : 0;
 }
 
-/* Elsewhere coefficients are copied to where they lie beside the output's aligned vectors, given rows enough: columns before those. */
-static inline idx FN(beside_aligned)(const S *out, idx rows, idx ld, idx cols)
+/* Whole rows, one behind the other, may as well begin where the output is aligned, and wrap around: each does so where the next. */
+static inline int FN(wraps_around)(idx ld, idx cols)
 {
-    idx vector = VECTOR_BYTES / (idx)sizeof(T), head = FN(misaligned)(out, cols, (uintptr_t)vector * sizeof(S));
-    return rows >= 8 && ld % vector == 0 && head < cols ? head : 0;
+    return cols == ld && cols <= SHORT_ROW && cols % (VECTOR_BYTES / (idx)sizeof(T)) == 0;
 }
 
-static inline T *FN(turn)(const T *values, idx n, idx by, T *turned)
+/* Elsewhere coefficients are copied to where they lie beside the output's aligned vectors, given rows enough: by how much. */
+static inline idx FN(shift_beside)(idx head, idx rows, idx ld)
 {
-    memcpy(turned, values + by, (size_t)(n - by) * sizeof(T));
-    memcpy(turned + n - by, values, (size_t)by * sizeof(T));
-    return turned;
+    return rows >= 8 && ld % (VECTOR_BYTES / (idx)sizeof(T)) == 0 ? FN(to_line)(head) : 0;
+}
+
+static inline T *FN(turn)(const T *values, idx n, idx by, T *moved)
+{
+    memcpy(moved, values + by, (size_t)(n - by) * sizeof(T));
+    memcpy(moved + n - by, values, (size_t)by * sizeof(T));
+    return moved;
 }
 
 /* For the same reason so many whole rows are taken for one that it is a whole number of vectors, and not a short one: rows with
@@ -261,17 +265,16 @@ static inline idx FN(rows_to_join)(const call_t *k, tile_t t)
 
 static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(coefs) v)
 {
-    T turned[3][APART] LINED;
-    idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
-    if (head) {
-        FN(coefs) w = {FN(turn)(v.hi, cols, head, turned[0]), FN(turn)(v.a, cols, head, turned[1]),
-                       FN(turn)(v.b, cols, head, turned[2])};
+    T moved[3][APART] LINED;
+    idx head = FN(to_aligned)((S *)k->out + at, cols), shift = FN(shift_beside)(head, rows, ld);
+    if (head && rows > 0 && FN(wraps_around)(ld, cols)) {
+        FN(coefs) w = {FN(turn)(v.hi, cols, head, moved[0]), FN(turn)(v.a, cols, head, moved[1]),
+                       FN(turn)(v.b, cols, head, moved[2])};
         FN(apply_stretch)(k, at, 1, ld, head, v);
         FN(apply_stretch)(k, at + head, rows - 1, ld, cols, w);
         FN(apply_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
     } else {
-        idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
-        if (shift) v = FN(repeat_coefs)(v, cols, 1, shift, turned);
+        if (shift) v = FN(repeat_coefs)(v, cols, 1, shift, moved);
         FN(apply_stretch)(k, at, rows, ld, cols, v);
     }
 }
@@ -540,18 +543,17 @@ static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx col
 
 static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    T turned[5][APART] LINED;
-    idx head = rows > 0 ? FN(to_aligned)((S *)k->out + at, ld, cols) : 0;
-    if (head) {
-        FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, turned[0]), FN(turn)(g.v.a, cols, head, turned[1]),
-                         FN(turn)(g.v.b, cols, head, turned[2])},
-                        FN(turn)(g.m, cols, head, turned[3]), FN(turn)(g.k, cols, head, turned[4])};
+    T moved[5][APART] LINED;
+    idx head = FN(to_aligned)((S *)k->out + at, cols), shift = FN(shift_beside)(head, rows, ld);
+    if (head && rows > 0 && FN(wraps_around)(ld, cols)) {
+        FN(slopes) w = {{FN(turn)(g.v.hi, cols, head, moved[0]), FN(turn)(g.v.a, cols, head, moved[1]),
+                         FN(turn)(g.v.b, cols, head, moved[2])},
+                        FN(turn)(g.m, cols, head, moved[3]), FN(turn)(g.k, cols, head, moved[4])};
         FN(slope_stretch)(k, at, 1, ld, head, g);
         FN(slope_stretch)(k, at + head, rows - 1, ld, cols, w);
         FN(slope_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
     } else {
-        idx shift = FN(to_line)(FN(beside_aligned)((S *)k->out + at, rows, ld, cols));
-        if (shift) g = FN(repeat_slopes)(g, cols, 1, shift, turned);
+        if (shift) g = FN(repeat_slopes)(g, cols, 1, shift, moved);
         FN(slope_stretch)(k, at, rows, ld, cols, g);
     }
 }
