@@ -5,8 +5,10 @@ layout does not cancel out.
 """
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import hypothesis
@@ -16,6 +18,9 @@ import pytest
 
 from fastbn import backends
 from fastbn._kernels import reference
+
+# Who is started in the background of a shell ignores Ctrl-C, and so would everything that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile(
     "fastbn",
@@ -59,6 +64,20 @@ BACKENDS = [*(f"cython {isa}" for isa in INSTRUCTION_SETS), "numba", "reference"
 def runnable_sets():
     """The instruction sets that can run here; ["baseline"] on other machines than x86-64."""
     return backends.instruction_sets()
+
+
+@contextmanager
+def cache_sizes(level2, last_level):
+    """Other caches, for every compiled instruction set: plans depend on them, results must not."""
+    modules = [backends._load_instruction_set(isa) for isa in runnable_sets()]
+    before = [module.caches() for module in modules]
+    try:
+        for module in modules:
+            module.set_caches(level2, last_level)
+        yield
+    finally:
+        for module, sizes in zip(modules, before, strict=True):
+            module.set_caches(*sizes)
 
 
 def load_kernels(name):

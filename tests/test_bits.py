@@ -1,6 +1,7 @@
 """The same bits: fused or not, on any number of threads, from every instruction set, wherever the data lies."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import (
     F16,
     F32,
     INSTRUCTION_SETS,
+    cache_sizes,
     close_gradients,
     close_y,
     load_kernels,
@@ -32,8 +34,9 @@ GRIDS = {
     "planes, fused or split by threads": (7, 9, 1601),
     "planes in pieces, few channels": (3, 2, 17003),
     "many channels of planes": (2, 67, 523),
-    "small planes as columns": (61, 33, 49),
-    "small planes, split": (1031, 5, 17),
+    "small planes as columns, in cache": (61, 33, 49),
+    "small planes as columns, fused out of cache": (61, 33, 49),
+    "small planes, many images": (1031, 5, 17),
     "middling planes, summed as columns, gone over one by one": (263, 3, 171),
     "rows, fused": (301, 131, 1),
     "rows, split": (5003, 67, 1),
@@ -45,7 +48,9 @@ GRIDS = {
 
 @pytest.fixture(params=GRIDS)
 def grid(request):
-    return GRIDS[request.param]
+    # A second level that holds any tile, and a last level that holds nothing.
+    with cache_sizes(1 << 40, 1) if "out of cache" in request.param else nullcontext():
+        yield GRIDS[request.param]
 
 
 def make(grid, dtype):
@@ -238,7 +243,6 @@ def test_caches(compiled, dtype, caches, shape, fused):
     weight, bias, _, _ = parameters(shape[1], np.float32)
     fused = ACTIVATIONS[fused]
     fused = fused | ({"residual": residual} if "residual" in fused else {})
-    before = compiled.caches()
 
     def results(shift):
         out, cut = (np.empty(x.size + shift, dtype)[shift:].reshape(shape) for _ in range(2))
@@ -250,10 +254,7 @@ def test_caches(compiled, dtype, caches, shape, fused):
         return [y, saved.mean, saved.var, *gradients, e, *fastbn.batch_norm_backward(dy, fixed, **to)]
 
     want = results(0)
-    try:
-        compiled.set_caches(*caches)
+    with cache_sizes(*caches):
         for shift in (0, 1, 4, 7):
             for got, expected in zip(results(shift), want, strict=True):
                 same_bits(got, expected)
-    finally:
-        compiled.set_caches(*before)

@@ -12,6 +12,7 @@ from conftest import (
     F64,
     HALF,
     WIDE,
+    cache_sizes,
     close_statistics,
     computed,
     oracle_backward,
@@ -117,14 +118,11 @@ def test_every_number_goes_through(kernels, half, shape_axis, shift):
 def test_every_number_streamed(compiled, half, shape_axis):
     """Past the cache, from any alignment."""
     shape, axis = shape_axis
-    x, given, before = patterns(half, shape), exact(shape[axis]), compiled.caches()
-    try:
-        compiled.set_caches(1, 1)
+    x, given = patterns(half, shape), exact(shape[axis])
+    with cache_sizes(1, 1):
         for shift in (0, 1, 3, 4, 8, 16):
             out = np.empty(x.size + shift, half)[shift:].reshape(shape)
             same_or_nan(fastbn.batch_norm(x, axis=axis, out=out, **given), x)
-    finally:
-        compiled.set_caches(*before)
 
 
 def test_nan_bits(monkeypatch, half):

@@ -729,8 +729,9 @@ static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
     const T quarter = (T)0.25;
     if (t.inner > 1)
         for (idx c = 0; c < t.channels; c++) {
-            T mean = FN(load1)(x + c * t.inner), row[16];
+            T mean = FN(load1)(x + c * t.inner);
             if (t.inner >= 16) {
+                T row[16];
                 UNROLLED for (idx j = 0; j < 16; j += NARROW_WIDTH) FN(put16)(row + j, FN(load16)(x + c * t.inner + j));
                 mean = FN(pivot_of)((T)(FN(sum_lanes)(row, 16) / 16));
             }
@@ -843,9 +844,10 @@ static __attribute__((noinline)) idx FN(moments_in_order)(const S *x, idx all, t
     return r;
 }
 
-/* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether any of them does not stand. */
-static int64_t FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum, const double *restrict squares,
-                                double *restrict mean, double *restrict m2)
+/* IN sums about pivots (from `first` values each), INOUT mean (the pivots before), OUT m2: a value a channel. Whether any of them
+ * does not stand. */
+static int64_t FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum,
+                                     const double *restrict squares, double *restrict mean, double *restrict m2)
 {
     const double inverse = 1.0 / count;
     int64_t doubtful = 0;
@@ -908,7 +910,8 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
 
     FN(fold_columns)(s, t, join, sum);
     FN(fold_columns)(q, t, join, squares);
-    if (t.inner == 1) FN(fold_columns)(pivot, t, 1, mean);
+    if (t.inner == 1) /* one loop for both would be scalar */
+        for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c];
     else
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c * t.inner];
     int64_t doubtful = FN(moments_from_sums)(t.channels, count, t.inner, sum, squares, mean, m2);
@@ -988,8 +991,7 @@ INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx a
     return r;
 }
 
-/* Or NaN. */
-static int64_t FN(any_infinite)(idx n, const double *sum)
+static int64_t FN(any_not_finite)(idx n, const double *sum)
 {
     int64_t any = 0;
     for (idx i = 0; i < n; i++) any |= sum[i] - sum[i] != 0;
@@ -1044,9 +1046,9 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
 #undef ASK
     FN(fold_columns)(s, t, join, sum_dy);
     FN(fold_columns)(q, t, join, sum_dy_x);
-    if (FN(any_infinite)(t.channels, sum_dy) | FN(any_infinite)(t.channels, sum_dy_x))
+    if (FN(any_not_finite)(t.channels, sum_dy) | FN(any_not_finite)(t.channels, sum_dy_x))
         for (idx c = 0; c < t.channels; c++)
-            if ((sum_dy[c] - sum_dy[c]) + (sum_dy_x[c] - sum_dy_x[c]) != 0) {
+            if (FN(any_not_finite)(1, sum_dy + c) | FN(any_not_finite)(1, sum_dy_x + c)) {
                 block_t b = {0, rows, t.ld, t.inner};
                 FN(gate_t) mine = gate;
                 if (gate.kind == GATED) mine.y += c * t.inner, mine.dz += mine.dz ? c * t.inner : 0;

@@ -1,8 +1,8 @@
 # The parallel drivers: they walk tasks over threads, and hold no arithmetic on elements. One module per instruction set
 # includes this file (baseline.pyx, x86_64_v3.pyx, x86_64_v4.pyx). The interface is reference.py's.
 #
-# Thread t of n takes the t-th of n equal stretches of the tasks. It takes the same stretch in a call's second step, walked
-# backwards, so that it begins with what its own cache still holds.
+# Thread t of n takes the t-th of n stretches of the tasks, worth as much each as whole tasks allow. It takes about the same stretch
+# of the data in a call's second step, walked backwards, so that it begins with what its own cache still holds.
 
 cimport cython
 cimport numpy as np
@@ -54,8 +54,13 @@ cdef extern from "tasks.h":
     idx level2_cache, last_level_cache
     void plan(call_t *, int, int, int) noexcept nogil
     void plan_to_apply(call_t *) noexcept nogil
-    idx apply_parts(const call_t *) noexcept nogil
-    idx part_from(const call_t *, int, int) noexcept nogil
+    ctypedef struct grid_t:
+        pass
+    grid_t each(idx) noexcept nogil
+    grid_t sum_parts(const call_t *) noexcept nogil
+    grid_t apply_parts(const call_t *) noexcept nogil
+    idx tasks_of(grid_t) noexcept nogil
+    idx share_from(grid_t, idx, idx) noexcept nogil
     idx coefs_apart(idx) noexcept nogil
     void walk(task_t, const call_t *, idx, idx, bint) noexcept nogil
     void moments_tile(const call_t *, idx) noexcept nogil
@@ -207,7 +212,8 @@ def team_from(int threads):
     return measured_team[min(threads, 64) - 1]
 
 
-cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwards) noexcept nogil:
+cdef void run(task_t task, const call_t *k, grid_t grid, int threads, bint backwards) noexcept nogil:
+    cdef idx tasks = tasks_of(grid)
     cdef int t
     if threads > tasks:
         threads = <int>tasks
@@ -215,19 +221,7 @@ cdef void run(task_t task, const call_t *k, idx tasks, int threads, bint backwar
         walk(task, k, 0, tasks, backwards)
         return
     for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-        walk(task, k, t * tasks // threads, (t + 1) * tasks // threads, backwards)
-
-
-cdef void run_parts(task_t task, const call_t *k, int threads) noexcept nogil:
-    """The parts of a sum, in shares of as many rows."""
-    cdef int t
-    if threads > k.chunks * k.tiles:
-        threads = <int>(k.chunks * k.tiles)
-    if threads <= 1:
-        walk(task, k, 0, k.chunks * k.tiles, False)
-        return
-    for t in prange(threads, num_threads=threads, schedule="static", chunksize=1):
-        walk(task, k, part_from(k, t, threads), part_from(k, t + 1, threads), False)
+        walk(task, k, share_from(grid, t, threads), share_from(grid, t + 1, threads), backwards)
 
 
 cdef int prepare(call_t *k, idx outer, idx channels, idx inner, int threads, int reads,
@@ -327,16 +321,10 @@ cdef inline bint alike(np.ndarray x, object array) noexcept:
     return True
 
 
-cdef inline bint in_order(object array) noexcept:
-    """An ndarray itself, in C order."""
-    return type(array) is np.ndarray and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)
-
-
 cdef inline bint apart(np.ndarray out, object array) noexcept:
+    """Of arrays in C order."""
     if array is None:
         return True
-    if not in_order(array):
-        return False
     cdef char *a = <char *>data(out)
     cdef char *b = <char *>data(<np.ndarray>array)
     return a + np.PyArray_NBYTES(out) <= b or b + np.PyArray_NBYTES(<np.ndarray>array) <= a
@@ -353,7 +341,7 @@ def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
     if like is not None and not alike(x, like):
         return False
     for array in others:
-        if array is not None and not in_order(array):
+        if array is not None and not (type(array) is np.ndarray and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)):
             return False
     if out is None:
         return True
@@ -384,15 +372,15 @@ def moments(np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean, n
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
-            run(moments_tile, &k, k.tiles, threads, False)
+            run(moments_tile, &k, each(k.tiles), threads, False)
         else:
             moments_split(&k, threads)
         free(memory)
 
 
 cdef void moments_split(call_t *k, int threads) noexcept nogil:
-    run_parts(moments_part, k, threads)
-    run(merge_moments_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
+    run(moments_part, k, sum_parts(k), threads, False)
+    run(merge_moments_tile, k, each(k.tiles), threads if k.chunks * k.channels > MANY else 1, False)
 
 
 def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray var,
@@ -422,7 +410,7 @@ def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.n
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
-            run(forward_tile, &k, k.tiles, threads, False)
+            run(forward_tile, &k, each(k.tiles), threads, False)
         else:
             moments_split(&k, threads)
             coefs_all(&k, 0)
@@ -443,15 +431,15 @@ def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx i
     with nogil:
         coefs_all(&k, 0)
         if k.fused:
-            run(gradient_tile, &k, k.tiles, threads, False)
+            run(gradient_tile, &k, each(k.tiles), threads, False)
         else:
             gradient_split(&k, threads)
         free(memory)
 
 
 cdef void gradient_split(call_t *k, int threads) noexcept nogil:
-    run_parts(gradient_part, k, threads)
-    run(merge_gradient_tile, k, k.tiles, threads if k.chunks * k.channels > MANY else 1, False)
+    run(gradient_part, k, sum_parts(k), threads, False)
+    run(merge_gradient_tile, k, each(k.tiles), threads if k.chunks * k.channels > MANY else 1, False)
 
 
 def input_gradient(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels, idx inner, np.ndarray mean,
@@ -486,7 +474,7 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:
-            run(backward_tile, &k, k.tiles, threads, False)
+            run(backward_tile, &k, each(k.tiles), threads, False)
         else:
             coefs_all(&k, 0)
             gradient_split(&k, threads)
@@ -514,4 +502,4 @@ def limit(np.ndarray x, np.ndarray other, np.ndarray out, bint streaming, int th
     k.outer = k.channels = 1
     k.inner = np.PyArray_SIZE(x)
     with nogil:
-        run(limit_part, &k, (k.inner + BLOCK - 1) // BLOCK, threads, False)
+        run(limit_part, &k, each((k.inner + BLOCK - 1) // BLOCK), threads, False)

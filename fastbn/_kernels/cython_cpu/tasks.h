@@ -8,7 +8,7 @@
  *                                                                                            normalize_part …
  *
  * Split serves where there are too few channels for the threads, where even a narrow tile would not stay in cache, and for small
- * planes of a tensor that is in cache altogether. */
+ * planes of a tensor that is in cache. */
 #ifndef FASTBN_TASKS_H
 #define FASTBN_TASKS_H
 
@@ -141,8 +141,9 @@ static void plan_columns(call_t *k, idx bytes)
         idx eighth = (columns / 8 + 15) / 16 * 16; /* enough tiles to share out */
         if (eighth < NARROWEST) eighth = NARROWEST;
         width = least(least(fits, eighth), MAX_COLUMNS);
-        /* In cache, planes are written faster in order, from wherever the cache has them, than row by row of a tile. */
-        k->fused = k->place != CACHED || k->inner < SHORTEST_PLANE;
+        /* In cache, planes are written faster in order, from wherever the cache has them, than row by row of a tile. But not where
+         * the first step writes dz: another thread would have to fetch it from this one's cache. */
+        k->fused = !k->out || k->dz || k->place != CACHED || k->inner < SHORTEST_PLANE;
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
     /* Tiles whose first columns all lie alike to cache lines. */
@@ -188,17 +189,6 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     return t;
 }
 
-/* The part of a sum from which on share t of n begins. All parts are worth the same, but for those of columns' last chunk, which
- * may be short. */
-static inline idx part_from(const call_t *k, idx t, idx n)
-{
-    idx whole = (k->chunks - 1) * k->tiles, all = k->chunks * k->tiles;
-    double last = k->columns ? (double)(k->outer - (k->chunks - 1) * k->chunk) / (double)k->chunk : 1;
-    double from = (double)t * ((double)whole + last * (double)k->tiles) / (double)n;
-    if (t == n) return all;
-    return (idx)(from <= (double)whole ? from : (double)whole + (from - (double)whole) / last);
-}
-
 static inline idx rows_a_part(const call_t *k)
 {
     return k->inner > 1 ? k->chunk : PIECE / least(k->channels, PIECE);
@@ -207,12 +197,38 @@ static inline idx rows_a_part(const call_t *k)
 /* Planes that are no more than a block are gone over several in order, whichever way the parts are walked. */
 static inline idx planes_a_part(const call_t *k) { return k->inner < BLOCK ? BLOCK / k->inner : 1; }
 
-static inline idx apply_parts(const call_t *k)
+/* A grid of tasks, `tiles` for every `piece` of `rows`; the last piece may be short. */
+typedef struct { idx rows, piece, tiles; } grid_t;
+
+static inline grid_t each(idx tasks)
+{
+    grid_t g = {tasks, 1, 1};
+    return g;
+}
+
+static inline idx tasks_of(grid_t g) { return (g.rows + g.piece - 1) / g.piece * g.tiles; }
+
+/* The task with which share t of n begins (n ≤ tasks): shares of as many rows, as near as whole tasks allow, and none empty. */
+static inline idx share_from(grid_t g, idx t, idx n)
+{
+    idx tasks = tasks_of(g), before = (g.rows - 1) / g.piece * g.piece, last = g.rows - before, at = t * (g.rows * g.tiles) / n;
+    idx i = at <= before * g.tiles ? (at + g.piece / 2) / g.piece : tasks - g.tiles + (at - before * g.tiles + last / 2) / last;
+    return i < t ? t : least(i, tasks - n + t);
+}
+
+/* The parts of a sum. */
+static inline grid_t sum_parts(const call_t *k)
+{
+    grid_t g = {k->outer, k->chunk, k->tiles};
+    return k->columns ? g : each(k->chunks * k->tiles);
+}
+
+/* The parts of a step that goes over the elements once. */
+static inline grid_t apply_parts(const call_t *k)
 {
     idx planes = planes_a_part(k);
-    if (!k->columns) return (k->outer * k->channels + planes - 1) / planes * k->runs.pieces;
-    idx rows = rows_a_part(k);
-    return (k->outer + rows - 1) / rows * (whole_rows(k) ? 1 : k->tiles);
+    grid_t g = {k->outer, rows_a_part(k), whole_rows(k) ? 1 : k->tiles};
+    return k->columns ? g : each((k->outer * k->channels + planes - 1) / planes * k->runs.pieces);
 }
 
 /* Part i of columns: its first row, its number of rows, its channels. */
