@@ -139,6 +139,7 @@ def floor(case: Case, tensors: int, threads: int | None = None) -> Floor:
         pytest.skip(f"the floor is compiled code: {error}")
     # Half types are moved two at a time: the floor is about bytes, and their sums would cost conversions.
     pair = np.float32 if case.x.itemsize == 2 else case.x.dtype
-    x, dy, out = (np.ravel(a, order="K").view(pair) for a in (case.x, case.dy, case.dx))
+    where = case.y if tensors == 2 else case.dx
+    x, dy, out = (np.ravel(a, order="K").view(pair) for a in (case.x, case.dy, where))
     calls = user_bench.floor(x, None if tensors == 2 else dy, out, threads or case.threads)
     return Floor(calls, tensors * case.x.nbytes)
