@@ -5,7 +5,7 @@ export MPLCONFIGDIR := $(CURDIR)/.venv/cache/matplotlib
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 KERNELS := fastbn/_kernels/cython_cpu
-SOURCES := setup.py pyproject.toml $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
+SOURCES := setup.py pyproject.toml fastbn/_kernels/memory.pyx $(wildcard $(KERNELS)/*.pyx $(KERNELS)/*.pxi $(KERNELS)/*.h)
 
 .PHONY: demo test sanitize ptx experiments experiments-quick bench bench-save bench-compare bench-smoke lint peers clean
 

@@ -1,4 +1,4 @@
-"""Builds the Cython kernels: the same source once per instruction set.
+"""Builds the Cython kernels, the same source once per instruction set, and what keeps their results' memory.
 
 Each extension is optional: where there is no compiler, fastbn installs without it and the Numba or the NumPy
 kernels serve. Where the compiler knows no OpenMP, the kernels are built single-threaded.
@@ -57,8 +57,11 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.optional = True  # said here: cythonize makes the extensions anew and forgets it
             name = extension.name.rsplit(".", 1)[1]
-            extension.extra_compile_args = optimize + COMPILE + INSTRUCTION_SETS[name] + openmp
-            extension.extra_link_args = openmp
+            threads = openmp if name in INSTRUCTION_SETS else []
+            extension.extra_compile_args = (
+                optimize + COMPILE + INSTRUCTION_SETS.get(name, INSTRUCTION_SETS["baseline"]) + threads
+            )
+            extension.extra_link_args = threads
         super().build_extensions()
 
     def first_accepted(self, choices, program):
@@ -83,16 +86,21 @@ def extensions():
     from Cython.Build import cythonize
 
     headers = [str(path) for path in sorted(Path(FOLDER).glob("*.h"))] + [f"{FOLDER}/drivers.pxi"]
+    modules = {f"fastbn._kernels.cython_cpu.{name}": headers for name in INSTRUCTION_SETS}
+    modules["fastbn._kernels.memory"] = []
     return cythonize(
         [
             Extension(
-                f"fastbn._kernels.cython_cpu.{name}",
-                [f"{FOLDER}/{name}.pyx"],
+                name,
+                [f"{name.replace('.', '/')}.pyx"],
                 include_dirs=[numpy.get_include(), FOLDER],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-                depends=headers,
+                define_macros=[
+                    ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+                    ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),  # the first with memory handlers (NEP 49)
+                ],
+                depends=depends,
             )
-            for name in INSTRUCTION_SETS
+            for name, depends in modules.items()
         ],
         compiler_directives={"language_level": 3, "cdivision": True, "boundscheck": False, "wraparound": False},
     )

@@ -9,6 +9,7 @@ from .ghost import GhostBatchNorm
 from .inplace import InplaceBatchNorm
 from .layers import BatchNorm
 from .masked import MaskedBatchNorm, masked_batch_norm_backward, masked_batch_norm_forward
+from .memory import set_kept_memory
 from .second_order import batch_norm_double_backward
 from .statistics import Moments, moments
 
@@ -30,6 +31,7 @@ __all__ = [
     "masked_batch_norm_forward",
     "moments",
     "set_backend",
+    "set_kept_memory",
     "set_num_threads",
     "show_config",
 ]

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import checks
+from . import checks, memory
 
 BACKENDS = ("cython", "numba", "reference")
 
@@ -52,13 +52,17 @@ def _load_instruction_set(isa: str) -> Any:
     return import_module(f"fastbn._kernels.cython_cpu.{INSTRUCTION_SETS[isa]}")
 
 
+def _absent(error: ImportError) -> bool:
+    """Whether it is the kernels that are not there, and not something that they need."""
+    return isinstance(error, ModuleNotFoundError) and str(error.name).startswith("fastbn._kernels.cython_cpu")
+
+
 def instruction_set_reasons() -> dict[str, str]:
     """Each instruction set: "available", or why it cannot be used here. The richest first."""
     try:
         baseline = _load_instruction_set("baseline")
     except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError)
-        why = "not built, for want of gcc or clang" if absent else f"built, and does not load: {error}"
+        why = "not built, for want of gcc or clang" if _absent(error) else f"built, and does not load: {error}"
         return dict.fromkeys(("x86-64-v4", "x86-64-v3", "x86-64"), why)
     runs = baseline.machine_runs()  # its last is the baseline's own name, "x86-64" or "baseline"
     reasons = {}
@@ -70,9 +74,8 @@ def instruction_set_reasons() -> dict[str, str]:
             _load_instruction_set(isa)
             reasons[isa] = "available"
         except ImportError as error:
-            absent = isinstance(error, ModuleNotFoundError)
             reasons[isa] = (
-                "not built: the compiler does not know it" if absent else f"built, and does not load: {error}"
+                "not built: the compiler does not know it" if _absent(error) else f"built, and does not load: {error}"
             )
     return reasons
 
@@ -302,6 +305,7 @@ def config() -> dict[str, Any]:
         "threads": num_threads() if in_use.has_threads() else 1,
         "threads because of": _why_threads(in_use),
         "openmp": in_use.openmp(),
+        "kept memory": "{} bytes, of at most {}".format(*memory.kept()),
         "gpu": _gpu(),
     }
 

@@ -78,15 +78,14 @@ def _as_ndarray(name: str, x: Any) -> Array:
     return array
 
 
-def channel_axis(axis: Any, x: Array) -> int:
-    """`axis` as a number from 0 to x.ndim - 1."""
-    ndim = x.ndim
+def channel_axis(axis: Any, shape: tuple[int, ...]) -> int:
+    """`axis` as a number from 0 to the number of axes - 1."""
+    ndim = len(shape)
     if not 2 <= ndim <= 5:
-        raise ValueError(f"x has shape {x.shape}, and must have 2 to 5 axes")
-    if type(axis) is not int:
-        axis = integer("axis", axis)
+        raise ValueError(f"x has shape {shape}, and must have 2 to 5 axes")
+    axis = integer("axis", axis)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"axis is {axis}, and must be from {-ndim} to {ndim - 1} for x of shape {x.shape}")
+        raise ValueError(f"axis is {axis}, and must be from {-ndim} to {ndim - 1} for x of shape {shape}")
     return axis if axis >= 0 else axis + ndim  # type: ignore[no-any-return]
 
 
@@ -241,6 +240,14 @@ def positive(name: str, value: Any) -> int:
     return number
 
 
+def not_negative(name: str, value: Any) -> int:
+    """An integer of at least 0."""
+    number = integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} is {number}, and must be at least 0")
+    return number
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False; a string that says so is neither."""
     if value is True or value is False or isinstance(value, np.bool_):
@@ -308,7 +315,7 @@ def _is_exactly(a: Array, b: Array) -> bool:
     if a is b:
         return True
     steps = [[s for s, n in zip(array.strides, array.shape, strict=True) if n > 1] for array in (a, b)]
-    same_place = a.__array_interface__["data"] == b.__array_interface__["data"]
+    same_place = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
     return bool(same_place and a.shape == b.shape and steps[0] == steps[1])
 
 

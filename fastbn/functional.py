@@ -14,6 +14,7 @@ import numpy as np
 
 from . import backends, checks
 from .layout import Layout, canonical, finish, like, output
+from .memory import output_like
 from .statistics import moments
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -143,12 +144,16 @@ def batch_norm(
             momentum=momentum, unbiased=unbiased, nan_policy=nan_policy, eps=eps, axis=axis, activation=activation,
             negative_slope=negative_slope, residual=residual, out=out, num_threads=num_threads, keep=False,
         )[0]  # fmt: skip
-    source, layout = canonical("x", x, axis)
     checks.momentum(momentum)
     checks.flag("unbiased", unbiased)
     checks.nan_policy(nan_policy)
-    mean, var = _running(x, running_mean, running_var, layout.channels, update=False)
     slope = checks.activation(activation, negative_slope)
+    kernels, threads = backends.serving(num_threads)
+    y = kernels.normalize_usual(x, running_mean, running_var, weight, bias, eps, axis, residual, slope, out, threads)
+    if y is not None:
+        return y  # type: ignore[no-any-return]
+    source, layout = canonical("x", x, axis)
+    mean, var = _running(x, running_mean, running_var, layout.channels, update=False)
     return _normalize(
         x, source, layout, mean, var, weight, bias, eps, slope, residual, out, num_threads, keep=False
     )[0]  # fmt: skip
@@ -351,7 +356,7 @@ def batch_norm_backward(
         and kernels.usual(x, channels, weight, bias, dy, out, ())
     ):
         gradient = dy
-        dx = memory = np.empty(x.shape, x.dtype) if out is None else out
+        dx = memory = output_like(x) if out is None else out
     else:
         checks.one_side("x", x, {"out": out, "out_residual": out_residual})
         gradient = like("dy", dy, x, layout)
@@ -399,7 +404,7 @@ def _forward(
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
     if given is x and kernels.usual(x, channels, weight, bias, residual, out, apart):
-        y = memory = np.empty(x.shape, x.dtype) if out is None else out
+        y = memory = output_like(x) if out is None else out
     else:
         others = {"x": given, "residual": residual, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
@@ -425,7 +430,7 @@ def _normalize(
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
     if given is x and kernels.usual(x, channels, weight, bias, residual, out, (mean, var)):
-        y = memory = np.empty(x.shape, x.dtype) if out is None else out
+        y = memory = output_like(x) if out is None else out
     else:
         others = {
             "x": given, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var,

@@ -14,6 +14,7 @@ import numpy as np
 from . import checks
 from .functional import Saved, batch_norm_backward, train_forward
 from .layers import BatchNorm
+from .memory import output_like
 from .pieces import parts
 from .statistics import moments
 
@@ -76,7 +77,7 @@ class GhostBatchNorm(BatchNorm):
         """
         x = checks.features(x, self.axis, self.num_features)
         checks.positive("virtual_batch_size", self.virtual_batch_size)
-        checks.channel_axis(self.axis, x)
+        checks.channel_axis(self.axis, x.shape)
         checks.not_batch_axis(self.axis, x.shape)
         if not (self.training and self.trainable and x.size):
             return super().__call__(x, residual, out=out)
@@ -171,7 +172,7 @@ class GhostBatchNorm(BatchNorm):
 def _output(name: str, out: Array | None, x: Array, others: dict[str, Any], same: str) -> Array:
     """Where all parts are written, checked as a whole: a part may not overlap another's input, either."""
     if out is None:
-        return np.empty_like(x)
+        return output_like(x)
     checks.output(name, out, x)
     checks.overlap(name, out, others, same_as=(same,))
     return out

@@ -228,7 +228,7 @@ def _layout_of(x: View, axis: int) -> Layout | None:
 def canonical(name: str, x: Any, axis: int, stream: Stream) -> tuple[View, Layout]:
     """x in memory order, compact, and its layout."""
     given = view(name, x)
-    axis = checks.channel_axis(axis, given.shadow)
+    axis = checks.integer("axis", axis)
     layout = _layout_of(given, axis)
     if layout is None:
         given = _compact(given, stream)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import checks
+from .memory import output_like
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
 @lru_cache(maxsize=1024)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int, axis: int) -> Layout | None:
     """The layout of an array with these strides (None: C order), or None where its memory has gaps."""
+    axis = checks.channel_axis(axis, shape)
     ndim = len(shape)
     order = tuple(range(ndim))
     if strides is not None:
@@ -100,16 +102,15 @@ def canonical(name: str, x: Any, axis: int) -> tuple[Array, Layout]:
         Where the array's kind, dtype, rank or `axis` is not served.
     """
     x = checks.data(name, x)
-    axis = checks.channel_axis(axis, x)
-    if x.flags.c_contiguous:
-        return x, _layout(x.shape, None, 0, axis)  # type: ignore[return-value]  # C order has no gaps
-    layout = _layout(x.shape, x.strides, x.itemsize, axis)
+    if type(axis) is not int:
+        axis = checks.integer("axis", axis)
+    layout = _layout(x.shape, None if x.flags.c_contiguous else x.strides, x.itemsize, axis)
     if layout is None:
         x = x.copy(order="K")
         layout = _layout(x.shape, x.strides, x.itemsize, axis)
         if layout is None:  # "K" could not undo the strides (overlapping windows): plain C order can
             x = np.ascontiguousarray(x)
-            layout = _layout(x.shape, None, 0, axis)
+            layout = _layout(x.shape, None, x.itemsize, axis)
             assert layout is not None
     return layout.to_memory(x), layout
 
@@ -133,11 +134,11 @@ def output(name: str, out: Any, x: Array, layout: Layout) -> tuple[Array, Array]
     `finish` copies.
     """
     if out is None:
-        memory = np.empty(x.shape, x.dtype)
+        memory = output_like(x)
         return memory, layout.from_memory(memory)
     checks.output(name, out, layout.from_memory(x))
     memory = layout.to_memory(out)
-    return (memory if memory.flags.c_contiguous else np.empty(x.shape, x.dtype)), out
+    return (memory if memory.flags.c_contiguous else output_like(x)), out
 
 
 def finish(memory: Array, result: Array, layout: Layout) -> Array:

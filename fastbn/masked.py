@@ -302,7 +302,7 @@ def _valid(x: Any, mask: Any, axis: int) -> tuple[Masked, Array, Array | None]:
     """Where the mask is on, the rows that are there, and their weights, if they are not all 1."""
     source, layout = canonical("x", x, axis)
     view = layout.from_memory(source)
-    axis = checks.channel_axis(axis, view)
+    axis = checks.channel_axis(axis, view.shape)
     where, weights = checks.mask(mask, view, axis)
     masked = Masked(where, axis, np.broadcast_to(np.zeros((), source.dtype), source.shape), layout)
     return masked, masked.gather(source), None if weights is None else weights[where]

@@ -117,6 +117,7 @@ JOBS = {
         module = backends.kernels()
         stub = types.SimpleNamespace(**{name: getattr(module, name) for name in dir(module)})
         stub.moments = stub.forward = stub.normalize = stub.backward = lambda *arguments: None
+        stub.normalize_usual = lambda x, *arguments: x
         count, end = 0, False
 
         def counting():

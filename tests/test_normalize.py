@@ -56,3 +56,55 @@ def test_eval_forward_is_batch_norm(kernels, dtype, case):
     y, saved = fastbn.batch_norm_eval_forward(x, mean, var, weight, bias, axis=case.axis)
     same_bits(y, fastbn.batch_norm(x, mean, var, weight, bias, axis=case.axis))
     assert not saved.batch
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6, 5, 4, 5), 1), ((6, 5, 4, 5), -1), ((7, 5), 1), ((3, 1, 4), 1), ((2, 5, 3, 2, 4), 1)]
+)
+@pytest.mark.parametrize("where", ["new", "out", "x", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+def test_usual_arguments(kernels, dtype, shape, axis, where, activation):
+    """The way of the usual call gives what the way of all others does, which an axis that is no plain int goes."""
+    settings = {"eps": 1e-3, "activation": activation}
+    for added, of in product((False, True), WIDE):
+        x = sample(shape, dtype)
+        settings["residual"] = sample(shape, dtype, seed=3) if added or where == "residual" else None
+        given = parameters(shape[axis], of)
+        given = *given[2:], *given[:2]
+        want = fastbn.batch_norm(x, *given, axis=np.int64(axis), **settings)
+        out = {"new": None, "out": np.empty_like(x), "x": x, "residual": settings["residual"]}[where]
+        y = fastbn.batch_norm(x, *given, axis=axis, out=out, **settings)
+        assert out is None or y is out
+        same_bits(y, want)
+
+
+def test_the_usual_way_is_taken(kernels, monkeypatch):
+    x, (weight, bias, mean, var) = sample((6, 5, 4), np.float32), parameters(5, np.float32)
+    monkeypatch.setattr(fastbn.functional, "_normalize", None)
+    if kernels.NAME == "cython":
+        fastbn.batch_norm(x, mean, var, weight, bias)
+        fastbn.batch_norm(x, mean, var, out=x)
+        fastbn.batch_norm(np.ones((1024, 5, 1024), np.float32), mean, var)
+    with pytest.raises(TypeError, match="not callable"):
+        fastbn.batch_norm(x, mean, var, eps=np.float32(1e-5))
+
+
+def test_usual_arguments_that_overlap(kernels, dtype):
+    memory = np.concatenate([sample((8, 3), dtype), sample((8, 3), dtype)])
+    x, (weight, bias, mean, var) = memory[:8], parameters(3, computed(dtype))
+    with pytest.raises(ValueError, match="out overlaps x in memory"):
+        fastbn.batch_norm(x, mean, var, out=memory[1:9])
+    with pytest.raises(ValueError, match="out overlaps residual in memory"):
+        fastbn.batch_norm(x, mean, var, residual=memory[7:15], out=memory[8:])
+    want = fastbn.batch_norm(x, mean, var)
+    for axis in (1, np.int64(1)):  # the same memory, though read-only by this name
+        again = x.copy()
+        view = again.view()
+        view.flags.writeable = False
+        same_bits(fastbn.batch_norm(view, mean, var, axis=axis, out=again), want)
+    if dtype == computed(dtype):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            given = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+            given[name] = memory[9]
+            with pytest.raises(ValueError, match=f"out overlaps {name} in memory"):
+                fastbn.batch_norm(x, **given, out=memory[8:])

@@ -45,6 +45,14 @@ def usual(x: Array, channels: int, weight: Any, bias: Any, like: Any, out: Any, 
     return False
 
 
+def normalize_usual(
+    x: Any, mean: Any, var: Any, weight: Any, bias: Any, eps: Any, axis: Any, residual: Any, slope: float, out: Any,
+    threads: int,
+) -> Array | None:  # fmt: skip
+    """y where all arguments, unchecked, are as most are; None, always right, where they need a further look."""
+    return None
+
+
 def usual_statistics(mean: Any, var: Any, channels: int) -> bool:
     """The same for running statistics."""
     return False

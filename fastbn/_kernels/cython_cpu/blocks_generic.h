@@ -182,8 +182,14 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
 
 /* The same over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
  * FORMULA(W, i). Planes of fewer elements than a vector come alone, and all where `out` is never aligned; elsewhere a vector may
- * belong to two channels, and no plane has ragged ends. OF(W, c) has the coefficients of channel c, OF_BOTH(first, c, d) those of
- * a vector that c and d share. */
+ * belong to two channels, and no plane has ragged ends. COEFS(EACH, W, c) has the coefficients of channel c, as EACH(W, name, value) for
+ * each. Those of the next channel are made once: for the vector that it shares with this one, then for its own. */
+#define ALONE(W, name, value) const __typeof__(GET(W)((const T *)0)) name = SPLAT(W, value);
+#define FIRST(W, name, value) VEC name##_here = SPLAT(W, value);
+#define NEXT(W, name, value) const VEC name##_next = SPLAT(W, value);
+#define HERE(W, name, value) const VEC name = name##_here;
+#define SHARED(W, name, value) const VEC name = FN(both)(first, name##_here, name##_next);
+#define MOVE_ON(W, name, value) name##_here = name##_next;
 #define SWEEP_PLANES(STORE, STORE16)                                                                                   \
     {                                                                                                                  \
         const idx len = planes * inner, few = FN(misaligned)(out, len, sizeof(S) * NARROW_WIDTH);                      \
@@ -192,22 +198,24 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
         while (i < few) { ONE_BY_ONE; PLANE_STEP(1, FN(store1), 1) }                                                   \
         while (!few && i + NARROW_WIDTH <= head) { ONE_BY_ONE; PLANE_STEP(16, STORE16, NARROW_WIDTH) }                 \
         while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; PLANE_STEP(16, FN(store16), NARROW_WIDTH) }                     \
+        COEFS(FIRST, , c)                                                                                              \
         for (;;) {                                                                                                     \
-            OF(, c)                                                                                                    \
             for (; i + WIDTH <= end; i += WIDTH) {                                                                     \
+                COEFS(HERE, , c)                                                                                       \
                 AHEAD(i)                                                                                               \
                 STORE(out + i, FORMULA(, i));                                                                          \
             }                                                                                                          \
             if (i + WIDTH > len) break;                                                                                \
-            const idx d = c + 1 < channels ? c + 1 : 0;                                                                \
+            c = c + 1 < channels ? c + 1 : 0;                                                                          \
+            COEFS(NEXT, , c)                                                                                           \
             if (i < end) {                                                                                             \
                 const FN(some) first = FN(first)(end - i);                                                             \
-                OF_BOTH(first, c, d)                                                                                   \
+                COEFS(SHARED, , c)                                                                                     \
                 AHEAD(i)                                                                                               \
                 STORE(out + i, FORMULA(, i));                                                                          \
                 i += WIDTH;                                                                                            \
             }                                                                                                          \
-            c = d;                                                                                                     \
+            COEFS(MOVE_ON, , c)                                                                                        \
             end += inner;                                                                                              \
         }                                                                                                              \
         while (i + NARROW_WIDTH <= len && (len - i) % NARROW_WIDTH) { ONE_BY_ONE; PLANE_STEP(16, FN(store16), NARROW_WIDTH) } \
@@ -216,7 +224,7 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
     }
 #define PLANE_STEP(W, STORE, count)                                                                                    \
     {                                                                                                                  \
-        OF(W, c)                                                                                                       \
+        COEFS(ALONE, W, c)                                                                                             \
         STORE(out + i, FORMULA(W, i));                                                                                 \
         i += count;                                                                                                    \
     }
@@ -433,15 +441,11 @@ INLINE void FN(apply_planes_as)(kind_t kind, const S *x, const S *added, S *out,
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(x, i, ahead);                                                                                        \
     if (kind == ADDED) FN(ask_ahead)(added, i, ahead);
-#define OF(W, c) const __typeof__(GET(W)(v.hi)) hi = SPLAT(W, v.hi[c]), a = SPLAT(W, v.a[c]), b = SPLAT(W, v.b[c]);
-#define OF_BOTH(first, c, d)                                                                                           \
-    const VEC hi = FN(both)(first, SPLAT(, v.hi[c]), SPLAT(, v.hi[d])),                                                \
-              a = FN(both)(first, SPLAT(, v.a[c]), SPLAT(, v.a[d])), b = FN(both)(first, SPLAT(, v.b[c]), SPLAT(, v.b[d]));
+#define COEFS(EACH, W, c) EACH(W, hi, v.hi[c]) EACH(W, a, v.a[c]) EACH(W, b, v.b[c])
 #define FORMULA(W, i) Y(W, i, hi, a, b)
     if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
 #undef FORMULA
-#undef OF_BOTH
-#undef OF
+#undef COEFS
 #undef AHEAD
 }
 
@@ -588,34 +592,21 @@ INLINE void FN(slope_planes_as)(FN(gate_t) gate, int batch, const S *dy, const S
     FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);                                                           \
     if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);
 #define PASS(W, i, d) FN(pass##W)(gate, i, streams, DZ(W, i, d, a, b))
-#define OF(W, c)                                                                                                       \
-    const __typeof__(GET(W)(g.m)) hi = SPLAT(W, g.v.hi[c]), a = SPLAT(W, g.v.a[c]), m = SPLAT(W, g.m[c]),              \
-                                  k = SPLAT(W, g.k[c]), b = SPLAT(W, (needs_z ? g.v.b : g.v.a)[c]);
-#define PART(of, first, c, d) FN(both)(first, SPLAT(, of[c]), SPLAT(, of[d]))
-#define OF_BOTH(first, c, d)                                                                                           \
-    const VEC hi = PART(g.v.hi, first, c, d), a = PART(g.v.a, first, c, d), m = PART(g.m, first, c, d),                \
-              k = PART(g.k, first, c, d), b = PART((needs_z ? g.v.b : g.v.a), first, c, d);
+#define COEFS(EACH, W, c)                                                                                              \
+    EACH(W, hi, g.v.hi[c]) EACH(W, a, g.v.a[c]) EACH(W, m, g.m[c]) EACH(W, k, g.k[c]) EACH(W, b, (needs_z ? g.v.b : g.v.a)[c])
 #define FORMULA(W, i) ((PASS(W, i, LOAD(W)(x + i) - hi) - m) - (LOAD(W)(x + i) - hi) * k) * a
     if (batch) {
         if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
     }
 #undef FORMULA
-#undef OF
-#undef OF_BOTH
-#define OF(W, c)                                                                                                       \
-    const __typeof__(GET(W)(g.m)) a = SPLAT(W, g.v.a[c]), hi = SPLAT(W, (needs_z ? g.v.hi : g.v.a)[c]),                \
-                                  b = SPLAT(W, (needs_z ? g.v.b : g.v.a)[c]);
-#define OF_BOTH(first, c, d)                                                                                           \
-    const VEC a = PART(g.v.a, first, c, d), hi = PART((needs_z ? g.v.hi : g.v.a), first, c, d),                        \
-              b = PART((needs_z ? g.v.b : g.v.a), first, c, d);
+#undef COEFS
+#define COEFS(EACH, W, c) EACH(W, a, g.v.a[c]) EACH(W, hi, (needs_z ? g.v.hi : g.v.a)[c]) EACH(W, b, (needs_z ? g.v.b : g.v.a)[c])
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
         if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
     }
 #undef FORMULA
-#undef OF_BOTH
-#undef PART
-#undef OF
+#undef COEFS
 #undef AHEAD
 }
 
@@ -924,11 +915,17 @@ static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 
 /* Rows [0, all) of a tile, one by one: memory likes to be read and written in order, and coefficients that begin on a line cost
  * less than the cache's own pace. Where rows are streamed and end in the middle of a line, that line alone goes through the cache,
- * and all that is streamed waits for it: it is asked for in time. */
+ * and all that is streamed waits for it: it is asked for in time. Rows of whole, aligned vectors, which most are, need no look at
+ * their ends. */
+#define WHOLE_ROW(STORE) for (idx i = 0; i < len;) { AHEAD(i) STEP(, STORE, WIDTH) }
 #define EACH_ROW(SHIFT)                                                                                                \
+    const int whole = !(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH);                 \
     for (idx r = 0; r < all; r++) {                                                                                    \
         if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1, 2);                              \
-        if (streaming) SWEEP_STREAM else SWEEP_STORE                                                                   \
+        if (whole && streaming) WHOLE_ROW(FN(stream))                                                                  \
+        else if (whole) WHOLE_ROW(FN(store))                                                                           \
+        else if (streaming) SWEEP_STREAM                                                                               \
+        else SWEEP_STORE                                                                                               \
         SHIFT                                                                                                          \
     }
 
@@ -1140,11 +1137,18 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef GET
 #undef GATE
 #undef EACH_ROW
+#undef WHOLE_ROW
 #undef SWEEP_COLUMNS
 #undef ONE_BY_ONE
 #undef SWEEP_STREAM
 #undef SWEEP_PLANES
 #undef PLANE_STEP
+#undef ALONE
+#undef FIRST
+#undef NEXT
+#undef HERE
+#undef SHARED
+#undef MOVE_ON
 #undef SPLAT
 #undef SWEEP_STORE
 #undef SWEEP

@@ -7,9 +7,12 @@
 cimport cython
 cimport numpy as np
 from cython.parallel cimport prange
+from libc.math cimport INFINITY
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
+
+from fastbn._kernels.memory import output_like
 
 np.import_array()
 
@@ -330,27 +333,33 @@ cdef inline bint apart(np.ndarray out, object array) noexcept:
     return a + np.PyArray_NBYTES(out) <= b or b + np.PyArray_NBYTES(<np.ndarray>array) <= a
 
 
-def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
-    """Whether the arguments are as most are, so that they need no further look. x is C-contiguous and checked.
-
-    weight, bias: None or plain vectors. like, out: None or plain arrays as x; others: None or in C order; out writeable, and apart
-    from all the others, or exactly `like`.
-    """
+cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, object like, object out) noexcept:
+    """Whether these arguments are as most are. weight, bias: None or plain vectors. like, out: None or plain arrays as x; out
+    writeable, and apart from weight and bias, and from like if it is not exactly that."""
     if not (plain(x) and vector(weight, channels) and vector(bias, channels)):
         return False
     if like is not None and not alike(x, like):
         return False
-    for array in others:
-        if array is not None and not (type(array) is np.ndarray and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)):
-            return False
     if out is None:
         return True
-    if not (alike(x, out) and np.PyArray_ISWRITEABLE(<np.ndarray>out) and apart(out, x) and apart(out, weight)):
-        return False
-    if not apart(out, bias) or (like is not None and data(out) != data(like) and not apart(out, like)):
+    return (
+        alike(x, out) and np.PyArray_ISWRITEABLE(<np.ndarray>out) and apart(out, weight) and apart(out, bias)
+        and (like is None or data(out) == data(like) or apart(out, like)))
+
+
+def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
+    """Whether the arguments are as most are, so that they need no further look. x is C-contiguous and checked.
+
+    As `fits`; others: None or in C order; out apart from x and from them.
+    """
+    if not fits(x, channels, weight, bias, like, out) or not (out is None or apart(out, x)):
         return False
     for array in others:
-        if not apart(out, array):
+        if array is None:
+            continue
+        if not (type(array) is np.ndarray and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)):
+            return False
+        if out is not None and not apart(out, array):
             return False
     return True
 
@@ -383,8 +392,8 @@ cdef void moments_split(call_t *k, int threads) noexcept nogil:
     run(merge_moments_tile, k, each(k.tiles), threads if k.chunks * k.channels > MANY else 1, False)
 
 
-def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray var,
-              np.ndarray weight, np.ndarray bias, double eps, np.ndarray residual, double slope, int threads):
+cpdef normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray mean, np.ndarray var,
+                np.ndarray weight, np.ndarray bias, double eps, np.ndarray residual, double slope, int threads):
     cdef call_t k = no_call()
     take(&k, x)
     k.out, k.added, k.slope = data(y), data_or_null(residual), slope
@@ -396,6 +405,43 @@ def normalize(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np
         coefs_all(&k, 0)
         run(normalize_part, &k, apply_parts(&k), threads, False)
         free(memory)
+
+
+def normalize_usual(x, mean, var, weight, bias, eps, axis, residual, double slope, out, int threads):
+    """y where all arguments, unchecked, are as most are; None where they need a further look.
+
+    What functional.batch_norm, layout.py and checks.py find out, for the commonest arguments: of a call on 32×64 values, finding
+    it out in Python takes most of the time.
+    """
+    cdef np.ndarray a
+    cdef idx outer = 1, channels, inner = 1
+    cdef int d, at, ndim
+    if not plain(x) or type(axis) is not int or type(eps) is not float:
+        return None
+    a = x
+    ndim = np.PyArray_NDIM(a)
+    if not (2 <= ndim <= 5 and -ndim <= axis < ndim and np.PyArray_SIZE(a) > 0 and 0.0 < eps < INFINITY):
+        return None
+    if np.PyArray_TYPE(a) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
+        return None
+    at = axis + ndim if axis < 0 else axis
+    channels = np.PyArray_DIM(a, at)
+    for d in range(at):
+        outer *= np.PyArray_DIM(a, d)
+    for d in range(at + 1, ndim):
+        inner *= np.PyArray_DIM(a, d)
+    if channels == 1:  # one run, wherever its axis stands
+        outer, inner = 1, outer * inner
+    if mean is None or var is None or not (vector(mean, channels) and vector(var, channels)):
+        return None
+    if not fits(a, channels, weight, bias, residual, out):
+        return None
+    if out is None:
+        out = output_like(a)
+    elif not (apart(out, mean) and apart(out, var) and (data(out) == data(a) or apart(out, a))):
+        return None
+    normalize(a, out, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
+    return out
 
 
 def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray weight, np.ndarray bias,
