@@ -349,14 +349,14 @@ def batch_norm_backward(
     kernels, threads = backends.serving(num_threads)
     residual_memory = dresidual = None
     if (
-        layout.order is None
-        and not saved.residual
+        not saved.residual
         and out_residual is None
         and dy is not None
-        and kernels.usual(x, channels, weight, bias, dy, out, ())
+        and kernels.usual(given := layout.from_memory(x), channels, weight, bias, dy, out, ())
     ):
-        gradient = dy
-        dx = memory = output_like(x) if out is None else out
+        gradient = layout.to_memory(dy)
+        dx = output_like(given) if out is None else out
+        memory = layout.to_memory(dx)
     else:
         checks.one_side("x", x, {"out": out, "out_residual": out_residual})
         gradient = like("dy", dy, x, layout)
@@ -403,8 +403,10 @@ def _forward(
         checks.enough_values(1, layout.from_memory(x).shape)
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
-    if given is x and kernels.usual(x, channels, weight, bias, residual, out, apart):
-        y = memory = output_like(x) if out is None else out
+    if kernels.usual(given, channels, weight, bias, residual, out, apart):
+        residual = None if residual is None else layout.to_memory(residual)
+        y = output_like(given) if out is None else out
+        memory = layout.to_memory(y)
     else:
         others = {"x": given, "residual": residual, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
@@ -429,8 +431,10 @@ def _normalize(
     outer, channels, inner = layout[:3]
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
-    if given is x and kernels.usual(x, channels, weight, bias, residual, out, (mean, var)):
-        y = memory = output_like(x) if out is None else out
+    if kernels.usual(given, channels, weight, bias, residual, out, (mean, var)):
+        residual = None if residual is None else layout.to_memory(residual)
+        y = output_like(given) if out is None else out
+        memory = layout.to_memory(y)
     else:
         others = {
             "x": given, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var,

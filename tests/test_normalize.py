@@ -62,31 +62,49 @@ def test_eval_forward_is_batch_norm(kernels, dtype, case):
     ("shape", "axis"), [((6, 5, 4, 5), 1), ((6, 5, 4, 5), -1), ((7, 5), 1), ((3, 1, 4), 1), ((2, 5, 3, 2, 4), 1)]
 )
 @pytest.mark.parametrize("where", ["new", "out", "x", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
-def test_usual_arguments(kernels, dtype, shape, axis, where, activation):
+@pytest.mark.parametrize("order", ["C", "F", "channels last"])
+def test_usual_arguments(kernels, dtype, shape, axis, where, order):
     """The way of the usual call gives what the way of all others does, which an axis that is no plain int goes."""
-    settings = {"eps": 1e-3, "activation": activation}
-    for added, of in product((False, True), WIDE):
-        x = sample(shape, dtype)
-        settings["residual"] = sample(shape, dtype, seed=3) if added or where == "residual" else None
+
+    def ordered(array):
+        if order == "channels last":
+            return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1)
+        return array.copy(order)
+
+    settings = {"eps": 1e-3}
+    for added, of, activation in product((False, True), WIDE, (None, "relu", "leaky_relu")):
+        settings["activation"] = activation
+        x = ordered(sample(shape, dtype))
+        settings["residual"] = ordered(sample(shape, dtype, seed=3)) if added or where == "residual" else None
         given = parameters(shape[axis], of)
         given = *given[2:], *given[:2]
         want = fastbn.batch_norm(x, *given, axis=np.int64(axis), **settings)
         out = {"new": None, "out": np.empty_like(x), "x": x, "residual": settings["residual"]}[where]
         y = fastbn.batch_norm(x, *given, axis=axis, out=out, **settings)
-        assert out is None or y is out
+        assert y is out if out is not None else y.strides == want.strides
         same_bits(y, want)
 
 
 def test_the_usual_way_is_taken(kernels, monkeypatch):
+    """It goes without the functions that the other way calls; where that is taken, they are missed."""
     x, (weight, bias, mean, var) = sample((6, 5, 4), np.float32), parameters(5, np.float32)
+    channels_last = np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)
     monkeypatch.setattr(fastbn.functional, "_normalize", None)
+    monkeypatch.setattr(fastbn.functional, "output", None)
     if kernels.NAME == "cython":
-        fastbn.batch_norm(x, mean, var, weight, bias)
-        fastbn.batch_norm(x, mean, var, out=x)
-        fastbn.batch_norm(np.ones((1024, 5, 1024), np.float32), mean, var)
-    with pytest.raises(TypeError, match="not callable"):
-        fastbn.batch_norm(x, mean, var, eps=np.float32(1e-5))
+        for array in (x, channels_last, np.ones((1024, 5, 1024), np.float32)):
+            fastbn.batch_norm(array, mean, var, weight, bias)
+            fastbn.batch_norm(array, mean, var, out=array)
+            y, saved = fastbn.batch_norm_forward(array, weight, bias)
+            fastbn.batch_norm_backward(y, saved, out=y)
+            fastbn.batch_norm_forward(array, weight, bias, residual=array.copy(order="K"), out=y)
+    for call in (
+        lambda: fastbn.batch_norm(x, mean, var, eps=np.float32(1e-5)),
+        lambda: fastbn.batch_norm_forward(x, out=channels_last),
+        lambda: fastbn.batch_norm_forward(x[::2]),
+    ):
+        with pytest.raises(TypeError, match="not callable"):
+            call()
 
 
 def test_usual_arguments_that_overlap(kernels, dtype):

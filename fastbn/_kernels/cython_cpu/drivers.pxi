@@ -301,18 +301,50 @@ cdef inline void take(call_t *k, np.ndarray x) noexcept:
 
 
 cdef inline bint plain(object array) noexcept:
-    """An ndarray itself, contiguous, aligned, native."""
-    return type(array) is np.ndarray and np.PyArray_ISCARRAY_RO(<np.ndarray>array)
+    """An ndarray itself, aligned, native."""
+    return type(array) is np.ndarray and np.PyArray_ISBEHAVED_RO(<np.ndarray>array)
 
 
 cdef inline bint vector(object array, idx channels) noexcept:
     return array is None or (
         plain(array) and np.PyArray_NDIM(<np.ndarray>array) == 1 and np.PyArray_DIM(<np.ndarray>array, 0) == channels
+        and np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>array)
         and np.PyArray_TYPE(<np.ndarray>array) in (np.NPY_FLOAT32, np.NPY_FLOAT64))
 
 
+cdef bint dense(np.ndarray x, int axis, idx *outer, idx *inner) noexcept:
+    """Whether x has at most 5 axes, elements, and no gaps; if so, its memory in order is (outer, the axis, inner)."""
+    cdef int[5] order
+    cdef int d, i, ndim = np.PyArray_NDIM(x), count = 0, at = -1
+    cdef idx expected = np.PyArray_ITEMSIZE(x)
+    if ndim > 5 or np.PyArray_SIZE(x) == 0:
+        return False
+    for d in range(ndim):  # by stride, the longest first; an axis of length 1 has none
+        if np.PyArray_DIM(x, d) == 1:
+            continue
+        i = count
+        while i > 0 and np.PyArray_STRIDE(x, order[i - 1]) < np.PyArray_STRIDE(x, d):
+            order[i] = order[i - 1]
+            i -= 1
+        order[i] = d
+        count += 1
+    for i in range(count - 1, -1, -1):
+        if np.PyArray_STRIDE(x, order[i]) != expected:
+            return False
+        expected *= np.PyArray_DIM(x, order[i])
+        if order[i] == axis:
+            at = i
+    outer[0] = inner[0] = 1
+    for i in range(count):
+        if i < at:
+            outer[0] *= np.PyArray_DIM(x, order[i])
+        elif i > at:
+            inner[0] *= np.PyArray_DIM(x, order[i])
+    return True
+
+
 cdef inline bint alike(np.ndarray x, object array) noexcept:
-    """As x: plain, of the same type and shape."""
+    """As x: plain, of the same type and shape, and in the same order in memory."""
     cdef int d
     if not plain(array) or np.PyArray_TYPE(<np.ndarray>array) != np.PyArray_TYPE(x):
         return False
@@ -321,11 +353,13 @@ cdef inline bint alike(np.ndarray x, object array) noexcept:
     for d in range(np.PyArray_NDIM(x)):
         if np.PyArray_DIM(<np.ndarray>array, d) != np.PyArray_DIM(x, d):
             return False
+        if np.PyArray_DIM(x, d) > 1 and np.PyArray_STRIDE(<np.ndarray>array, d) != np.PyArray_STRIDE(x, d):
+            return False
     return True
 
 
 cdef inline bint apart(np.ndarray out, object array) noexcept:
-    """Of arrays in C order."""
+    """Of arrays without gaps."""
     if array is None:
         return True
     cdef char *a = <char *>data(out)
@@ -334,8 +368,8 @@ cdef inline bint apart(np.ndarray out, object array) noexcept:
 
 
 cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, object like, object out) noexcept:
-    """Whether these arguments are as most are. weight, bias: None or plain vectors. like, out: None or plain arrays as x; out
-    writeable, and apart from weight and bias, and from like if it is not exactly that."""
+    """Whether these arguments are as most are. x: plain; it has no gaps. weight, bias: None or plain vectors. like, out: None or as
+    x; out writeable, and apart from weight and bias, and from like if it is not exactly that."""
     if not (plain(x) and vector(weight, channels) and vector(bias, channels)):
         return False
     if like is not None and not alike(x, like):
@@ -347,11 +381,12 @@ cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, ob
         and (like is None or data(out) == data(like) or apart(out, like)))
 
 
-def usual(np.ndarray x, idx channels, weight, bias, like, out, others):
-    """Whether the arguments are as most are, so that they need no further look. x is C-contiguous and checked.
-
-    As `fits`; others: None or in C order; out apart from x and from them.
-    """
+def usual(x, idx channels, weight, bias, like, out, others):
+    """Whether the arguments are as most are, so that they need no further look: x without gaps, and else as `fits`; others: None or
+    in C order; out apart from x and from them."""
+    cdef idx outer, inner
+    if type(x) is not np.ndarray or not dense(x, 0, &outer, &inner):
+        return False
     if not fits(x, channels, weight, bias, like, out) or not (out is None or apart(out, x)):
         return False
     for array in others:
@@ -414,24 +449,20 @@ def normalize_usual(x, mean, var, weight, bias, eps, axis, residual, double slop
     it out in Python takes most of the time.
     """
     cdef np.ndarray a
-    cdef idx outer = 1, channels, inner = 1
-    cdef int d, at, ndim
+    cdef idx outer, channels, inner
+    cdef int at, ndim
     if not plain(x) or type(axis) is not int or type(eps) is not float:
         return None
     a = x
     ndim = np.PyArray_NDIM(a)
-    if not (2 <= ndim <= 5 and -ndim <= axis < ndim and np.PyArray_SIZE(a) > 0 and 0.0 < eps < INFINITY):
+    if not (ndim >= 2 and -ndim <= axis < ndim and 0.0 < eps < INFINITY):
         return None
     if np.PyArray_TYPE(a) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
         return None
     at = axis + ndim if axis < 0 else axis
+    if not dense(a, at, &outer, &inner):
+        return None
     channels = np.PyArray_DIM(a, at)
-    for d in range(at):
-        outer *= np.PyArray_DIM(a, d)
-    for d in range(at + 1, ndim):
-        inner *= np.PyArray_DIM(a, d)
-    if channels == 1:  # one run, wherever its axis stands
-        outer, inner = 1, outer * inner
     if mean is None or var is None or not (vector(mean, channels) and vector(var, channels)):
         return None
     if not fits(a, channels, weight, bias, residual, out):
