@@ -398,7 +398,7 @@ def _forward(
     out: Array | None, num_threads: int | None, *, keep: bool = True, apart: tuple[Any, ...] = (),
 ) -> tuple[Array, Saved]:  # fmt: skip
     """y by the batch's statistics. `given`: x as the caller gave it; `apart`: more that `out` must not overlap."""
-    outer, channels, inner = layout[:3]
+    outer, channels, inner, _, _ = layout
     if outer * inner == 1 and channels:
         checks.enough_values(1, layout.from_memory(x).shape)
     eps = checks.eps(eps)
@@ -428,7 +428,7 @@ def _normalize(
     residual: Any, out: Array | None, num_threads: int | None, *, keep: bool = True,
 ) -> tuple[Array, Any]:  # fmt: skip
     """y by given statistics. Without `keep` out may be x, and nothing is saved: None."""
-    outer, channels, inner = layout[:3]
+    outer, channels, inner, _, _ = layout
     eps = checks.eps(eps)
     kernels, threads = backends.serving(num_threads)
     if kernels.usual(given, channels, weight, bias, residual, out, (mean, var)):
