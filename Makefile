@@ -95,6 +95,6 @@ peers: .venv/peers
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info $(KERNELS)/*.c $(KERNELS)/*.so fastbn-demo.png
+	rm -rf .venv build dist *.egg-info fastbn/_kernels/*.c fastbn/_kernels/*.so $(KERNELS)/*.c $(KERNELS)/*.so fastbn-demo.png
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import backends, checks
-from .layout import Layout, canonical, finish, like, output
-from .memory import output_like
+from .layout import Layout, canonical, finish, like, output, usual_output
 from .statistics import moments
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -355,8 +354,7 @@ def batch_norm_backward(
         and kernels.usual(given := layout.from_memory(x), channels, weight, bias, dy, out, ())
     ):
         gradient = layout.to_memory(dy)
-        dx = output_like(given) if out is None else out
-        memory = layout.to_memory(dx)
+        memory, dx = usual_output(given, out, layout)
     else:
         checks.one_side("x", x, {"out": out, "out_residual": out_residual})
         gradient = like("dy", dy, x, layout)
@@ -405,8 +403,7 @@ def _forward(
     kernels, threads = backends.serving(num_threads)
     if kernels.usual(given, channels, weight, bias, residual, out, apart):
         residual = None if residual is None else layout.to_memory(residual)
-        y = output_like(given) if out is None else out
-        memory = layout.to_memory(y)
+        memory, y = usual_output(given, out, layout)
     else:
         others = {"x": given, "residual": residual, "weight": weight, "bias": bias}
         others |= dict(zip(("running_mean", "running_var"), apart, strict=False))
@@ -433,8 +430,7 @@ def _normalize(
     kernels, threads = backends.serving(num_threads)
     if kernels.usual(given, channels, weight, bias, residual, out, (mean, var)):
         residual = None if residual is None else layout.to_memory(residual)
-        y = output_like(given) if out is None else out
-        memory = layout.to_memory(y)
+        memory, y = usual_output(given, out, layout)
     else:
         others = {
             "x": given, "residual": residual, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var,

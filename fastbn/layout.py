@@ -2,7 +2,7 @@
 
 The kernels know two shapes: planes (inner > 1) and rows (inner == 1). Which one an array is follows its *memory*, not
 its labels: an NCHW-shaped view of channels-last memory is served as rows, and the output gets the input's memory
-order. Only an array with gaps, negative or zero strides is copied.
+order. Of inputs x, only one with gaps, negative or zero strides is copied.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def canonical(name: str, x: Any, axis: int) -> tuple[Array, Layout]:
         Where the array's kind, dtype, rank or `axis` is not served.
     """
     x = checks.data(name, x)
-    if type(axis) is not int:
+    if type(axis) is not int:  # before it is looked up in the cache
         axis = checks.integer("axis", axis)
     layout = _layout(x.shape, None if x.flags.c_contiguous else x.strides, x.itemsize, axis)
     if layout is None:
@@ -139,6 +139,12 @@ def output(name: str, out: Any, x: Array, layout: Layout) -> tuple[Array, Array]
     checks.output(name, out, layout.from_memory(x))
     memory = layout.to_memory(out)
     return (memory if memory.flags.c_contiguous else output_like(x)), out
+
+
+def usual_output(given: Array, out: Array | None, layout: Layout) -> tuple[Array, Array]:
+    """The same where `given`, x as the caller has it, has no gaps, and `out` is known to lie in memory as it does."""
+    result = output_like(given) if out is None else out
+    return layout.to_memory(result), result
 
 
 def finish(memory: Array, result: Array, layout: Layout) -> Array:

@@ -56,9 +56,9 @@ def set_kept_memory(most: int) -> None:
 
     Notes
     -----
-    What is kept counts as memory of the process, and each process keeps its own. All but the newest 256 MiB of it (or
-    an eighth of `most`, if that is less) is marked as free to take: under Linux and macOS the system takes it when
-    memory is short. `show_config` says how much is kept.
+    What is kept counts as memory of the process, and each process keeps its own. Of all but the newest 256 MiB of it
+    (or an eighth of `most`, if that is less) the whole huge pages, of 2 MiB, are marked as free to take: under Linux
+    and macOS the system takes them when memory is short. `show_config` says how much is kept.
 
     A program that gives NumPy's arrays a memory handler of its own (NEP 49) gets its results by that. Installed
     without a compiler, fastbn keeps nothing.

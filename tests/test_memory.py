@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import resource
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -265,7 +266,7 @@ from fastbn import memory
 x = np.empty((1 << 26,), np.uint8)
 assert memory.output_like(x[:4]).size == 4  # loaded
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (5 << 25), -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + (5 << 25), resource.getrlimit(resource.RLIMIT_AS)[1]))
 memory.set_kept_memory(1 << 40)
 a, b = memory.output_like(x), memory.output_like(x)
 del a, b
@@ -390,8 +391,11 @@ def test_wrong_amounts(keep, wrong, error, message):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's control groups")
 def test_an_eighth_of_what_may_be_used(monkeypatch):
     usable = memory._compiled().usable
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 33, -1)); from fastbn import memory as m; "
-    assert run_python(code + "print(m.kept()[1])").stdout == f"{min(usable(), 1 << 33) // 8}\n"
+    for limit in ("RLIMIT_AS", "RLIMIT_DATA"):
+        code = f"import resource as r; r.setrlimit(r.{limit}, (1 << 33, r.getrlimit(r.{limit})[1])); "
+        done = run_python(code + "from fastbn import memory; print(memory.kept()[1])")
+        assert done.stdout == f"{min(usable(), 1 << 33) // 8}\n"
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     groups = {}
 
@@ -409,3 +413,7 @@ def test_an_eighth_of_what_may_be_used(monkeypatch):
     del groups["memory.max"]
     groups["memory.limit_in_bytes"] = "4096\n"
     assert usable() == 4096
+    monkeypatch.setattr(os, "sysconf", lambda name: -1 if name == "SC_PHYS_PAGES" else page)  # it cannot tell
+    assert usable() == 0
+    monkeypatch.delattr(os, "sysconf")
+    assert usable() == 0

@@ -1,12 +1,14 @@
 """Evaluation: y by given statistics."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import WIDE, close_y, computed, oracle_normalize, parameters, same_bits, sample
 
 import fastbn
+from fastbn import backends
 
 
 def test_shapes(kernels, dtype, case):
@@ -63,34 +65,52 @@ def test_eval_forward_is_batch_norm(kernels, dtype, case):
 )
 @pytest.mark.parametrize("where", ["new", "out", "x", "residual"])
 @pytest.mark.parametrize("order", ["C", "F", "channels last"])
-def test_usual_arguments(kernels, dtype, shape, axis, where, order):
-    """The way of the usual call gives what the way of all others does, which an axis that is no plain int goes."""
+def test_usual_arguments(kernels, dtype, shape, axis, where, order, monkeypatch):
+    """The way of the usual call gives what the other way does, that of arguments that must be looked at in Python."""
+    other = SimpleNamespace(**{name: getattr(kernels, name) for name in dir(kernels)})
+    other.usual = other.usual_statistics = lambda *arguments: False
+    other.normalize_usual = lambda *arguments: None
 
-    def ordered(array):
+    def made(seed):
+        array = sample(shape, dtype, seed=seed)
         if order == "channels last":
             return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1)
         return array.copy(order)
 
-    settings = {"eps": 1e-3}
+    def results(backend, added, of, **settings):
+        monkeypatch.setattr(backends, "_backend", backend)
+        weight, bias, mean, var = parameters(shape[axis], of)
+
+        def call(function, *statistics, keep=True):
+            x, residual = made(0), made(3) if added or where == "residual" else None
+            to = {"new": None, "out": made(4), "x": None if keep else x, "residual": residual}[where]
+            result = function(x, *statistics, weight, bias, axis=axis, residual=residual, out=to, **settings)
+            y = result[0] if keep else result
+            assert y is to if to is not None else y.shape == shape
+            return result
+
+        yield call(fastbn.batch_norm, mean, var, keep=False)
+        for function, statistics in (fastbn.batch_norm_forward, ()), (fastbn.batch_norm_eval_forward, (mean, var)):
+            y, saved = call(function, *statistics)
+            yield y
+            dy = made(5)
+            gradients = fastbn.batch_norm_backward(dy, saved, out={"new": None, "out": made(6)}.get(where, dy))
+            assert where == "new" or gradients[0] is dy or where == "out"
+            yield from gradients
+
     for added, of, activation in product((False, True), WIDE, (None, "relu", "leaky_relu")):
-        settings["activation"] = activation
-        x = ordered(sample(shape, dtype))
-        settings["residual"] = ordered(sample(shape, dtype, seed=3)) if added or where == "residual" else None
-        given = parameters(shape[axis], of)
-        given = *given[2:], *given[:2]
-        want = fastbn.batch_norm(x, *given, axis=np.int64(axis), **settings)
-        out = {"new": None, "out": np.empty_like(x), "x": x, "residual": settings["residual"]}[where]
-        y = fastbn.batch_norm(x, *given, axis=axis, out=out, **settings)
-        assert y is out if out is not None else y.strides == want.strides
-        same_bits(y, want)
+        settings = {"added": added, "of": of, "eps": 1e-3, "activation": activation}
+        for ours, want in zip(results(kernels, **settings), [*results(other, **settings)], strict=True):
+            same_bits(ours, want)
 
 
 def test_the_usual_way_is_taken(kernels, monkeypatch):
     """It goes without the functions that the other way calls; where that is taken, they are missed."""
     x, (weight, bias, mean, var) = sample((6, 5, 4), np.float32), parameters(5, np.float32)
     channels_last = np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)
-    monkeypatch.setattr(fastbn.functional, "_normalize", None)
     monkeypatch.setattr(fastbn.functional, "output", None)
+    monkeypatch.setattr(fastbn.functional.checks, "overlap", None)
+    monkeypatch.setattr(fastbn.functional.checks, "running", None)
     if kernels.NAME == "cython":
         for array in (x, channels_last, np.ones((1024, 5, 1024), np.float32)):
             fastbn.batch_norm(array, mean, var, weight, bias)
@@ -98,8 +118,12 @@ def test_the_usual_way_is_taken(kernels, monkeypatch):
             y, saved = fastbn.batch_norm_forward(array, weight, bias)
             fastbn.batch_norm_backward(y, saved, out=y)
             fastbn.batch_norm_forward(array, weight, bias, residual=array.copy(order="K"), out=y)
+            y, saved = fastbn.batch_norm_eval_forward(array, mean, var, weight, bias, activation="relu")
+            fastbn.batch_norm_backward(y, saved)
+            fastbn.batch_norm(array, mean, var, training=True, out=y)
     for call in (
-        lambda: fastbn.batch_norm(x, mean, var, eps=np.float32(1e-5)),
+        lambda: fastbn.batch_norm(x.tolist(), mean, var),
+        lambda: fastbn.batch_norm(x, list(mean), var),
         lambda: fastbn.batch_norm_forward(x, out=channels_last),
         lambda: fastbn.batch_norm_forward(x[::2]),
     ):

@@ -4,12 +4,12 @@
 # Arrays get it by NumPy's own way (NEP 49): each remembers the handler that made it and gives its memory back to it. They own
 # their memory like others, and where a program has a handler of its own for its arrays, that one serves.
 #
-# What is kept beyond the newest blocks is marked as free to take (MADV_FREE): the system does so, without a word, when memory is
-# short, and fresh pages come in its place. The newest are not marked: each huge page of a mark interrupts the other processors
+# What is kept beyond the newest blocks is marked as free to take (MADV_FREE), by whole huge pages: the system does so, without a
+# word, when memory is short, and fresh pages come in their place. The newest are not marked: each huge page of a mark interrupts the other processors
 # (0.8 ms for 100 MB).
 #
-# All of it runs under the interpreter's lock, as NumPy makes and frees its arrays' memory under it; and, since arrays are freed
-# while an exception is on its way, too, none of it touches a Python object.
+# NumPy makes and frees its arrays' memory under the interpreter's lock: nothing else is needed. Arrays are freed while an exception
+# is on its way, too: take, keep and what they call touch no Python object.
 
 cimport numpy as np
 from libc.string cimport memmove, strcpy
@@ -70,7 +70,7 @@ handler.allocator.free = keep
 cdef object ours = PyCapsule_New(&handler, "mem_handler", NULL)
 
 
-cdef void *drop(int i) noexcept nogil:
+cdef void *drop(int i) noexcept:
     """Takes the i-th block out; it is the caller's."""
     global count, total
     cdef void *memory = blocks[i].memory
@@ -85,7 +85,7 @@ cdef void free_oldest() noexcept:
     usual.free(usual.ctx, drop(0), size)
 
 
-cdef void mark_old() noexcept nogil:
+cdef void mark_old() noexcept:
     cdef size_t newer = 0
     cdef int i
     for i in range(count - 1, -1, -1):

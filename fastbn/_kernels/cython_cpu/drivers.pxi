@@ -295,9 +295,14 @@ cdef inline void *data_or_null(np.ndarray array) noexcept:
 
 cdef inline void take(call_t *k, np.ndarray x) noexcept:
     cdef int type = np.PyArray_TYPE(x)
-    # bfloat16 has no number of its own in NumPy: it is what is left.
-    k.type = F32 if type == np.NPY_FLOAT32 else F64 if type == np.NPY_FLOAT64 else F16 if type == np.NPY_FLOAT16 else BF16
+    # Where a long double has 8 bytes, it is a float64. bfloat16 has no number of its own in NumPy: it is what is left.
+    k.type = (
+        F32 if type == np.NPY_FLOAT32 else F64 if type in (np.NPY_FLOAT64, np.NPY_LONGDOUBLE) else F16 if type == np.NPY_FLOAT16
+        else BF16)
     k.x = data(x)
+
+
+# ---- are the arguments as most are? ----
 
 
 cdef inline bint plain(object array) noexcept:
@@ -368,9 +373,9 @@ cdef inline bint apart(np.ndarray out, object array) noexcept:
 
 
 cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, object like, object out) noexcept:
-    """Whether these arguments are as most are. x: plain; it has no gaps. weight, bias: None or plain vectors. like, out: None or as
-    x; out writeable, and apart from weight and bias, and from like if it is not exactly that."""
-    if not (plain(x) and vector(weight, channels) and vector(bias, channels)):
+    """Whether they suit x, which is plain and has no gaps. weight, bias: None or plain vectors. like, out: None or as x; out
+    writeable, and apart from weight and bias, and from like if it is not exactly that."""
+    if not (vector(weight, channels) and vector(bias, channels)):
         return False
     if like is not None and not alike(x, like):
         return False
@@ -382,12 +387,12 @@ cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, ob
 
 
 def usual(x, idx channels, weight, bias, like, out, others):
-    """Whether the arguments are as most are, so that they need no further look: x without gaps, and else as `fits`; others: None or
-    in C order; out apart from x and from them."""
+    """Whether the arguments are as most are, so that they need no further look: x plain and without gaps; the others None or as
+    `fits` has it, `others` None or in C order; out apart from x and from them."""
     cdef idx outer, inner
-    if type(x) is not np.ndarray or not dense(x, 0, &outer, &inner):
+    if not plain(x) or not dense(x, 0, &outer, &inner) or not fits(x, channels, weight, bias, like, out):
         return False
-    if not fits(x, channels, weight, bias, like, out) or not (out is None or apart(out, x)):
+    if out is not None and not apart(out, x):
         return False
     for array in others:
         if array is None:
