@@ -65,9 +65,9 @@ def test_eval_forward_is_batch_norm(kernels, dtype, case):
 )
 @pytest.mark.parametrize("where", ["new", "out", "x", "residual"])
 @pytest.mark.parametrize("order", ["C", "F", "channels last"])
-def test_usual_arguments(kernels, dtype, shape, axis, where, order, monkeypatch):
+def test_usual_arguments(compiled, dtype, shape, axis, where, order, monkeypatch):
     """The way of the usual call gives what the other way does, that of arguments that must be looked at in Python."""
-    other = SimpleNamespace(**{name: getattr(kernels, name) for name in dir(kernels)})
+    other = SimpleNamespace(**{name: getattr(compiled, name) for name in dir(compiled)})
     other.usual = other.usual_statistics = lambda *arguments: False
     other.normalize_usual = lambda *arguments: None
 
@@ -100,7 +100,7 @@ def test_usual_arguments(kernels, dtype, shape, axis, where, order, monkeypatch)
 
     for added, of, activation in product((False, True), WIDE, (None, "relu", "leaky_relu")):
         settings = {"added": added, "of": of, "eps": 1e-3, "activation": activation}
-        for ours, want in zip(results(kernels, **settings), [*results(other, **settings)], strict=True):
+        for ours, want in zip(results(compiled, **settings), [*results(other, **settings)], strict=True):
             same_bits(ours, want)
 
 
