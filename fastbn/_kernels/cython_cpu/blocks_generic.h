@@ -322,12 +322,12 @@ static inline void FN(slopes_set)(FN(slopes) g, idx n, const double *restrict me
 typedef struct { kind_t kind; T slope; const S *y; S *dz; } FN(gate_t);
 
 /* dz of W elements: dy, as far as the activation passed it. d is x − hi. */
-#define DZ(W, at, d, a, b)                                                                                             \
-    GATE(W)(gate.kind, LOAD(W)(dy + (at)),                                                                             \
-            gate.kind == PLAIN   ? LOAD(W)(dy + (at))                                                                  \
-            : gate.kind == GATED ? LOAD(W)(gate.y + (at))                                                              \
-                                 : (__typeof__(LOAD(W)(dy)))((d) * (a) + (b)),                                         \
-            gate.slope)
+#define DZ(W, at, d, a, b) GATE(W)(gate.kind, LOAD(W)(dy + (at)), GATE_BY(W, at, LOAD(W)(dy + (at)), d, a, b), gate.slope)
+/* By what a gradient g is gated: y, or z as the forward pass had it. */
+#define GATE_BY(W, at, g, d, a, b)                                                                                     \
+    (gate.kind == PLAIN   ? (g)                                                                                        \
+     : gate.kind == GATED ? LOAD(W)(gate.y + (at))                                                                     \
+                          : (__typeof__(LOAD(W)(dy)))((d) * (a) + (b)))
 
 /* ---- runs ------------------------------------------------------------------------------------------------- */
 
@@ -740,31 +740,42 @@ static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
         for (idx k = 0; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
 }
 
-/* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for, into the
- * second-level cache; line after line where the tile is the whole row, else row by row. In cache that only costs. */
+/* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for. Line after line
+ * where the tile is the whole row, else row by row; out of memory into the second-level cache. In cache only rows of some length gain
+ * by it: the group that comes next, into L1. */
+typedef enum { FN(NONE), FN(NEXT), FN(LINES), FN(ROWS) } FN(asks);
+
+static inline FN(asks) FN(asks_of)(tile_t t)
+{
+    idx row = t.ld * (idx)sizeof(S);
+    if (t.channels * t.inner != t.ld) return t.place == CACHED ? FN(NONE) : FN(ROWS);
+    return t.place != CACHED ? FN(LINES) : row >= 512 && row <= 1024 ? FN(NEXT) : FN(NONE);
+}
+
 static inline idx FN(rows_ahead)(tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S), lead = t.place == FAR || row < 1024 ? LEAD_FAR : LEAD_NEAR;
-    return t.channels * t.inner == t.ld ? 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024)) : 4;
+    if (FN(asks_of)(t) != FN(LINES)) return 4;
+    return 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024));
 }
 
 /* Asks for the share of columns from k on in a later group. (always_inline: gcc drops calls of a function that does nothing but
  * prefetch.) */
-INLINE void FN(ask)(const S *row, idx k, idx head, tile_t t, idx rows_ahead)
+INLINE void FN(ask)(FN(asks) asks, const S *later, idx k, idx head, idx ld)
 {
-    const S *later = row + rows_ahead * t.ld;
-    if (t.place == CACHED) return;
-    if (t.channels * t.inner == t.ld)
+    if (asks == FN(NEXT))
+        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 3);
+    else if (asks == FN(LINES))
         for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 2);
-    else
-        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * t.ld + k, 0, 2);
+    else if (asks == FN(ROWS))
+        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld + k, 0, 2);
 }
 
 /* And for what columns before `head` leave out of whole rows: it would be waited for. */
-INLINE void FN(ask_rest)(const S *row, idx head, tile_t t, idx rows_ahead)
+INLINE void FN(ask_rest)(FN(asks) asks, const S *later, idx head, idx ld)
 {
-    const S *end = row + (rows_ahead + 4) * t.ld;
-    if (t.place == CACHED || !head || t.channels * t.inner != t.ld) return;
+    const S *end = later + 4 * ld;
+    if (asks != FN(LINES) || !head) return;
     for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 2);
 }
 
@@ -791,29 +802,40 @@ static inline idx FN(unaligned_columns)(const S *x, tile_t t)
     else if (turn == 1) FN(put##W)(left + k, GET(W)(left + k) + d);                                                    \
     else if (turn == 2) FN(put##W)(right + k, d);                                                                      \
     else FN(put##W)(sum + k, GET(W)(sum + k) + (GET(W)(left + k) + (GET(W)(right + k) + d)));
-#define FOUR_TURNS(COLUMN, ASK)                                                                                        \
+#define FOUR_TURNS(COLUMN, VECTORS)                                                                                    \
     {                                                                                                                  \
-        { const int turn = 0; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
-        { const int turn = 1; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
-        { const int turn = 2; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
-        { const int turn = 3; SWEEP_COLUMNS(COLUMN, ASK) r++; }                                                        \
+        { const int turn = 0; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
+        { const int turn = 1; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
+        { const int turn = 2; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
+        { const int turn = 3; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
     }
 
 /* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
 static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
 
-/* k over all columns, as SWEEP goes over a run. ASK(k) comes before whole vectors. */
-#define SWEEP_COLUMNS(COLUMN, ASK)                                                                                     \
+/* k over all columns, as SWEEP goes over a run; VECTORS goes over those of whole vectors. */
+#define SWEEP_COLUMNS(COLUMN, VECTORS)                                                                                 \
     {                                                                                                                  \
         idx k = 0;                                                                                                     \
         for (; k < head % NARROW_WIDTH; k++) { ONE_BY_ONE; COLUMN(1, T) }                                              \
         for (; k < head; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                                         \
-        for (; k + WIDTH <= cols; k += WIDTH) {                                                                        \
-            ASK(k)                                                                                                     \
-            COLUMN(, VEC)                                                                                              \
-        }                                                                                                              \
+        VECTORS(COLUMN)                                                                                                \
         for (; k + NARROW_WIDTH <= cols; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                         \
         for (; k < cols; k++) { ONE_BY_ONE; COLUMN(1, T) }                                                             \
+    }
+
+#define SILENTLY(COLUMN)                                                                                               \
+    for (; k + WIDTH <= cols; k += WIDTH) { COLUMN(, VEC) }
+/* A loop for each way of asking: what decides would cost more within. */
+#define ASKING(COLUMN)                                                                                                 \
+    if (asks == FN(NEXT)) ASKING_FOR(FN(NEXT), COLUMN)                                                                 \
+    else if (asks == FN(LINES)) ASKING_FOR(FN(LINES), COLUMN)                                                          \
+    else if (asks == FN(ROWS)) ASKING_FOR(FN(ROWS), COLUMN)                                                            \
+    else SILENTLY(COLUMN)
+#define ASKING_FOR(what, COLUMN)                                                                                       \
+    for (; k + WIDTH <= cols; k += WIDTH) {                                                                            \
+        ASK(what)                                                                                                      \
+        COLUMN(, VEC)                                                                                                  \
     }
 
 /* The sums s and q of groups of four rows, row by row; the row that comes next. */
@@ -822,15 +844,17 @@ static __attribute__((noinline)) idx FN(moments_in_order)(const S *x, idx all, t
     T room[4][APART] LINED;
     T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
     idx r = 0, head = 0, cols = w.channels * w.inner;
-#define ASK(k) FN(ask_ahead)(x + r * w.ld, k, LEAD_FAR / (idx)sizeof(S));
+#define ASK(what) FN(ask_ahead)(x + r * w.ld, k, LEAD_FAR / (idx)sizeof(S));
+#define IN_ORDER(COLUMN) ASKING_FOR(, COLUMN)
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V d = FN(less##W)(LOAD(W)(x + r * w.ld + k), GET(W)(pivot + k));                                               \
         TURN(W, s, left_s, right_s, d)                                                                                 \
         TURN(W, q, left_q, right_q, d * d)                                                                             \
     }
-    while (r + 4 <= all) FOUR_TURNS(COLUMN, ASK)
+    while (r + 4 <= all) FOUR_TURNS(COLUMN, IN_ORDER)
 #undef COLUMN
+#undef IN_ORDER
 #undef ASK
     return r;
 }
@@ -868,12 +892,13 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    idx ahead = FN(rows_ahead)(w);
+    const FN(asks) asks = FN(asks_of)(w);
+    const idx ahead = FN(rows_ahead)(w) * w.ld;
     if (in_order) r = FN(moments_in_order)(x, all, w, pivot, s, q);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
-        FN(ask_rest)(row, head, w, ahead);
-#define ASK(k) FN(ask)(row, k, head, w, ahead);
+        FN(ask_rest)(asks, row + ahead, head, w.ld);
+#define ASK(what) FN(ask)(what, row + ahead, k, head, w.ld);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
@@ -882,7 +907,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         FN(put##W)(s + k, GET(W)(s + k) + TREE(d));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-        SWEEP_COLUMNS(COLUMN, ASK)
+        SWEEP_COLUMNS(COLUMN, ASKING)
 #undef COLUMN
     }
     for (; r < all + (rest > 0); r++) {
@@ -894,7 +919,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         FN(put##W)(s + k, GET(W)(s + k) + d);                                                                          \
         FN(put##W)(q + k, GET(W)(q + k) + d * d);                                                                      \
     }
-        SWEEP_COLUMNS(COLUMN, NOTHING)
+        SWEEP_COLUMNS(COLUMN, SILENTLY)
 #undef COLUMN
 #undef ASK
     }
@@ -959,13 +984,25 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
     }
 }
 
-/* g = dz and e = dz·(x − hi) of n rows. */
+/* g = dz and e = dz·(x − hi) of n rows. (dy is held in registers, and rows are found from the first one: gcc would load it anew for
+ * each use, and keep more pointers than there are registers.) */
+#ifdef __x86_64__
+#define HOLD(vector) __asm__("" : "+v"(vector))
+#define HOLD_POINTER(p) __asm__("" : "+r"(p))
+#else
+#define HOLD(vector)
+#define HOLD_POINTER(p)
+#endif
 #define ROWS(W, n, V)                                                                                                  \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
+    const S *xs = x + r * w.ld + k, *dys = dy + r * w.ld + k;                                                          \
+    HOLD_POINTER(xs);                                                                                                  \
+    HOLD_POINTER(dys);                                                                                                 \
     UNROLLED for (int j = 0; j < n; j++) {                                                                             \
         idx at = (r + j) * w.ld + k;                                                                                   \
-        V d = FN(less##W)(LOAD(W)(x + at), h);                                                                         \
-        g[j] = DZ(W, at, d, a, b);                                                                                     \
+        V d = FN(less##W)(LOAD(W)(xs + j * w.ld), h), dyj = LOAD(W)(dys + j * w.ld);                                   \
+        HOLD(dyj);                                                                                                     \
+        g[j] = GATE(W)(gate.kind, dyj, GATE_BY(W, at, dyj, d, a, b), gate.slope);                                      \
         if (gate.kind == GATED && gate.dz) FN(store##W)(gate.dz + at, g[j]);                                           \
         e[j] = g[j] * d;                                                                                               \
     }
@@ -983,7 +1020,7 @@ INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx a
         TURN(W, s, left_s, right_s, g[0])                                                                              \
         TURN(W, q, left_q, right_q, e[0])                                                                              \
     }
-    while (r + 4 <= all) FOUR_TURNS(COLUMN, NOTHING)
+    while (r + 4 <= all) FOUR_TURNS(COLUMN, SILENTLY)
 #undef COLUMN
     return r;
 }
@@ -1009,11 +1046,12 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    idx ahead = FN(rows_ahead)(w);
-#define ASK(k)                                                                                                         \
-    FN(ask)(x + r * w.ld, k, head, w, ahead);                                                                          \
-    FN(ask)(dy + r * w.ld, k, head, w, ahead);                                                                         \
-    if (gate.kind == GATED) FN(ask)(gate.y + r * w.ld, k, head, w, ahead);
+    const FN(asks) asks = FN(asks_of)(w);
+    const idx ahead = FN(rows_ahead)(w) * w.ld;
+#define ASK(what)                                                                                                      \
+    FN(ask)(what, x + r * w.ld + ahead, k, head, w.ld);                                                                \
+    FN(ask)(what, dy + r * w.ld + ahead, k, head, w.ld);                                                               \
+    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld + ahead, k, head, w.ld);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 4, V)                                                                                                  \
@@ -1022,10 +1060,10 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     }
     if (in_order) r = FN(gradient_in_order)(gate, dy, x, all, w, v, s, q);
     for (; r + 4 <= all; r += 4) {
-        FN(ask_rest)(x + r * w.ld, head, w, ahead);
-        FN(ask_rest)(dy + r * w.ld, head, w, ahead);
-        if (gate.kind == GATED) FN(ask_rest)(gate.y + r * w.ld, head, w, ahead);
-        SWEEP_COLUMNS(COLUMN, ASK)
+        FN(ask_rest)(asks, x + r * w.ld + ahead, head, w.ld);
+        FN(ask_rest)(asks, dy + r * w.ld + ahead, head, w.ld);
+        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld + ahead, head, w.ld);
+        SWEEP_COLUMNS(COLUMN, ASKING)
     }
 #undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
@@ -1036,10 +1074,12 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     }
     for (; r < all + (rest > 0); r++) {
         if (r == all) cols = rest, head = 0;
-        SWEEP_COLUMNS(COLUMN, NOTHING)
+        SWEEP_COLUMNS(COLUMN, SILENTLY)
     }
 #undef COLUMN
 #undef ROWS
+#undef HOLD
+#undef HOLD_POINTER
 #undef ASK
     FN(fold_columns)(s, t, join, sum_dy);
     FN(fold_columns)(q, t, join, sum_dy_x);
@@ -1132,6 +1172,7 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef Y
 #undef Z
 #undef DZ
+#undef GATE_BY
 #undef PASS
 #undef LOAD
 #undef GET
@@ -1139,6 +1180,9 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef EACH_ROW
 #undef WHOLE_ROW
 #undef SWEEP_COLUMNS
+#undef SILENTLY
+#undef ASKING
+#undef ASKING_FOR
 #undef ONE_BY_ONE
 #undef SWEEP_STREAM
 #undef SWEEP_PLANES
