@@ -12,7 +12,7 @@
  *   one accumulator a column; how many native vectors make the lanes is the compiler's affair. No fused
  *   multiply-add, no reassociation: see setup.py's flags.
  * - Sums are kept in the data's own type, about a pivot taken from the block itself, and leave the block as float64.
- *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/4, or q/2 for a pivot from 16 values), or where a square
+ *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/8, or q/2 for a pivot from 16 values), or where a square
  *   overflowed or vanished, is done again in two sweeps of float64. The choice depends on the data alone.
  * - mean = hi + lo: subtracting hi is exact where it matters (x near the mean), and lo's share is folded into b.
  * - Two shapes of data. RUNS: a channel's values lie contiguous, `len` at a time (NCHW with large planes). COLUMNS: `rows` rows

@@ -265,7 +265,7 @@ INLINE VEC FN(pivots_of)(VEC mean)
  * to underflow. */
 static inline int FN(stands)(double s, double q, double m2, double count, idx first)
 {
-    return (q - q == 0) & (m2 >= (first < 16 ? 0.25 : 0.5) * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
+    return (q - q == 0) & (m2 >= (first < 16 ? 0.125 : 0.5) * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
 }
 
 /* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */

@@ -57,13 +57,20 @@ static call_t no_call(void)
     return k;
 }
 
+static inline double slope_of(const call_t *k) /* as the kernels see it */
+{
+    return k->type == F64 ? k->slope : (double)(float)k->slope;
+}
+
 static inline kind_t kind_of(const call_t *k)
 {
     if (k->added) return ADDED;
     if (k->y) return GATED;
-    double slope = k->type == F64 ? k->slope : (double)(float)k->slope; /* as the kernels see it */
-    return slope == 1 ? PLAIN : slope == 0 ? RELU : LEAKY;
+    return slope_of(k) == 1 ? PLAIN : slope_of(k) == 0 ? RELU : LEAKY;
 }
+
+/* Without an activation dz is dy, and only a copy of it is asked for. */
+static inline int dz_is_dy(const call_t *k) { return slope_of(k) == 1; }
 
 /* Cache sizes in bytes, read from the system once. The last level is what one group of cores shares: sysconf() adds the
  * groups of a socket up, so Linux's own table comes first. */
@@ -143,7 +150,7 @@ static void plan_columns(call_t *k, idx bytes)
         width = least(least(fits, eighth), MAX_COLUMNS);
         /* In cache, planes are written faster in order, from wherever the cache has them, than row by row of a tile. But not where
          * the first step writes dz: another thread would have to fetch it from this one's cache. */
-        k->fused = !k->out || k->dz || k->place != CACHED || k->inner < SHORTEST_PLANE;
+        k->fused = !k->out || (k->dz && !dz_is_dy(k)) || k->place != CACHED || k->inner < SHORTEST_PLANE;
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
     /* Tiles whose first columns all lie alike to cache lines. */
