@@ -17,7 +17,7 @@
 - *Half types.* Numba has neither float16 nor bfloat16 on a CPU, so they come in as uint16 and int16, which tells them
   apart. In memory they are two bytes, in a `Vector` float32: loads and stores convert, and nothing else knows.
 - *Sums* are kept in the type computed in, about a pivot taken from the block itself, and leave the block as float64.
-  One sweep is enough where the pivot was good. A block where it was not (m2 < q/8), or where a square overflowed or
+  One sweep is enough where the pivot was good. A block where it was not (m2 < q/4), or where a square overflowed or
   vanished, is done again in two sweeps of float64. The choice depends on the data alone.
 - *Wide channels* are those for which float32 is not enough: x - hi may overflow, or a coefficient has lost digits to
   underflow. Kernels leave a task that has one unwritten, and NumPy does it (`_mend_forward`, `_mend_backward`).
@@ -662,7 +662,7 @@ def _stands(s: float, q: float, m2: float, count: float, tiny: float) -> bool:
     Not where the pivot was far from the mean, nor where squares overflowed (or the data is not finite) or lost
     digits to underflow.
     """
-    return (q - q == 0.0) & (m2 >= 0.125 * q) & ((q > tiny * count) | ((q == 0.0) & (s == 0.0)))
+    return (q - q == 0.0) & (m2 >= 0.25 * q) & ((q > tiny * count) | ((q == 0.0) & (s == 0.0)))
 
 
 @_jit

@@ -12,8 +12,8 @@
  *   one accumulator a column; how many native vectors make the lanes is the compiler's affair. No fused
  *   multiply-add, no reassociation: see setup.py's flags.
  * - Sums are kept in the data's own type, about a pivot taken from the block itself, and leave the block as float64.
- *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/8, or q/2 for a pivot from 16 values), or where a square
- *   overflowed or vanished, is done again in two sweeps of float64. The choice depends on the data alone.
+ *   One sweep is enough where the pivot was good; a block where it was not (m2 < q/4, q/3 for a pivot from 8 values, q/2 from
+ *   16), or where a square overflowed or vanished, is done again in two sweeps of float64. The choice depends on the data alone.
  * - mean = hi + lo: subtracting hi is exact where it matters (x near the mean), and lo's share is folded into b.
  * - Two shapes of data. RUNS: a channel's values lie contiguous, `len` at a time (NCHW with large planes). COLUMNS: `rows` rows
  *   of `cols` values, where one column belongs to one channel and `inner` neighbouring columns share one (NHWC: inner = 1; NCHW
@@ -166,6 +166,9 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 
 /* Where a call's tensors are found: in cache, in part, or in memory. */
 typedef enum { CACHED, NEAR, FAR } place_t;
+
+/* What a sum over rows asks for: nothing, the four rows that come next, or later ones, line by line or row by row. */
+typedef enum { SILENT, NEXT_GROUP, IN_LINES, IN_ROWS } asks_t;
 
 /* How far ahead of where it works a sum over rows asks for memory, in bytes. */
 #define LEAD_NEAR 32768

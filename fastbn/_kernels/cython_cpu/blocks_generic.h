@@ -265,7 +265,8 @@ INLINE VEC FN(pivots_of)(VEC mean)
  * to underflow. */
 static inline int FN(stands)(double s, double q, double m2, double count, idx first)
 {
-    return (q - q == 0) & (m2 >= (first < 16 ? 0.125 : 0.5) * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
+    const double share = first < 8 ? 1.0 / 4 : first < 16 ? 1.0 / 3 : 1.0 / 2;
+    return (q - q == 0) & (m2 >= share * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
 }
 
 /* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */
@@ -713,11 +714,14 @@ static void FN(spread_columns)(const T *channel, tile_t t, T *column)
         for (idx j = 0; j < t.inner; j++) column[c * t.inner + j] = channel[c];
 }
 
-/* Pivots: the mean of four rows, or of some of the channel's columns in the first row; for a constant channel, its value. */
-static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
+/* Pivots: the mean of eight rows (four, one, where there are no more), or of some of the channel's columns in the first row; for a
+ * constant channel, its value. Of how many values each was made. */
+static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
 {
-    const S *x1 = x + t.ld, *x2 = x1 + t.ld, *x3 = x2 + t.ld;
-    const T quarter = (T)0.25;
+    const T quarter = (T)0.25, half = (T)0.5;
+#define ROW(W, r) quarter * LOAD(W)(x + (r) * t.ld + k)
+#define MEAN_OF_FOUR(W, r) ((ROW(W, r) + ROW(W, r + 1)) + (ROW(W, r + 2) + ROW(W, r + 3)))
+#define MEAN_OF_EIGHT(W) (half * MEAN_OF_FOUR(W, 0) + half * MEAN_OF_FOUR(W, 4))
     if (t.inner > 1)
         for (idx c = 0; c < t.channels; c++) {
             T mean = FN(load1)(x + c * t.inner);
@@ -731,51 +735,51 @@ static void FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
     else if (rows >= 4) {
         idx k = 0;
         for (; k + WIDTH <= t.channels; k += WIDTH)
-            FN(put)(pivot + k, FN(pivots_of)((quarter * FN(load)(x + k) + quarter * FN(load)(x1 + k)) +
-                                             (quarter * FN(load)(x2 + k) + quarter * FN(load)(x3 + k))));
-        for (; k < t.channels; k++)
-            pivot[k] = FN(pivot_of)((quarter * FN(load1)(x + k) + quarter * FN(load1)(x1 + k)) +
-                                    (quarter * FN(load1)(x2 + k) + quarter * FN(load1)(x3 + k)));
+            FN(put)(pivot + k, FN(pivots_of)(rows < 8 ? MEAN_OF_FOUR(, 0) : MEAN_OF_EIGHT()));
+        for (; k < t.channels; k++) pivot[k] = FN(pivot_of)(rows < 8 ? MEAN_OF_FOUR(1, 0) : MEAN_OF_EIGHT(1));
+#undef MEAN_OF_EIGHT
+#undef MEAN_OF_FOUR
+#undef ROW
     } else
         for (idx k = 0; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
+    if (t.inner > 1) return t.inner < 16 ? 1 : 16;
+    return rows < 4 ? 1 : rows < 8 ? 4 : 8;
 }
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for. Line after line
  * where the tile is the whole row, else row by row; out of memory into the second-level cache. In cache only rows of some length gain
  * by it: the group that comes next, into L1. */
-typedef enum { FN(NONE), FN(NEXT), FN(LINES), FN(ROWS) } FN(asks);
-
-static inline FN(asks) FN(asks_of)(tile_t t)
+static inline asks_t FN(asks_of)(tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S);
-    if (t.channels * t.inner != t.ld) return t.place == CACHED ? FN(NONE) : FN(ROWS);
-    return t.place != CACHED ? FN(LINES) : row >= 512 && row <= 1024 ? FN(NEXT) : FN(NONE);
+    if (t.channels * t.inner != t.ld) return t.place == CACHED ? SILENT : IN_ROWS;
+    return t.place != CACHED ? IN_LINES : row >= 512 && row <= 1024 ? NEXT_GROUP : SILENT;
 }
 
 static inline idx FN(rows_ahead)(tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S), lead = t.place == FAR || row < 1024 ? LEAD_FAR : LEAD_NEAR;
-    if (FN(asks_of)(t) != FN(LINES)) return 4;
+    if (FN(asks_of)(t) != IN_LINES) return 4;
     return 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024));
 }
 
 /* Asks for the share of columns from k on in a later group. (always_inline: gcc drops calls of a function that does nothing but
  * prefetch.) */
-INLINE void FN(ask)(FN(asks) asks, const S *later, idx k, idx head, idx ld)
+INLINE void FN(ask)(asks_t asks, const S *later, idx k, idx head, idx ld)
 {
-    if (asks == FN(NEXT))
+    if (asks == NEXT_GROUP)
         for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 3);
-    else if (asks == FN(LINES))
+    else if (asks == IN_LINES)
         for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 2);
-    else if (asks == FN(ROWS))
+    else if (asks == IN_ROWS)
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld + k, 0, 2);
 }
 
 /* And for what columns before `head` leave out of whole rows: it would be waited for. */
-INLINE void FN(ask_rest)(FN(asks) asks, const S *later, idx head, idx ld)
+INLINE void FN(ask_rest)(asks_t asks, const S *later, idx head, idx ld)
 {
     const S *end = later + 4 * ld;
-    if (asks != FN(LINES) || !head) return;
+    if (asks != IN_LINES || !head) return;
     for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 2);
 }
 
@@ -828,9 +832,9 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
     for (; k + WIDTH <= cols; k += WIDTH) { COLUMN(, VEC) }
 /* A loop for each way of asking: what decides would cost more within. */
 #define ASKING(COLUMN)                                                                                                 \
-    if (asks == FN(NEXT)) ASKING_FOR(FN(NEXT), COLUMN)                                                                 \
-    else if (asks == FN(LINES)) ASKING_FOR(FN(LINES), COLUMN)                                                          \
-    else if (asks == FN(ROWS)) ASKING_FOR(FN(ROWS), COLUMN)                                                            \
+    if (asks == NEXT_GROUP) ASKING_FOR(NEXT_GROUP, COLUMN)                                                             \
+    else if (asks == IN_LINES) ASKING_FOR(IN_LINES, COLUMN)                                                            \
+    else if (asks == IN_ROWS) ASKING_FOR(IN_ROWS, COLUMN)                                                              \
     else SILENTLY(COLUMN)
 #define ASKING_FOR(what, COLUMN)                                                                                       \
     for (; k + WIDTH <= cols; k += WIDTH) {                                                                            \
@@ -888,11 +892,11 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     const double count = (double)(rows * t.inner);
 
-    FN(pivots)(x, rows, t, pivot);
+    const idx first = FN(pivots)(x, rows, t, pivot);
     FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    const FN(asks) asks = FN(asks_of)(w);
+    const asks_t asks = FN(asks_of)(w);
     const idx ahead = FN(rows_ahead)(w) * w.ld;
     if (in_order) r = FN(moments_in_order)(x, all, w, pivot, s, q);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
@@ -930,10 +934,10 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c];
     else
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c * t.inner];
-    int64_t doubtful = FN(moments_from_sums)(t.channels, count, t.inner, sum, squares, mean, m2);
+    int64_t doubtful = FN(moments_from_sums)(t.channels, count, first, sum, squares, mean, m2);
     if (doubtful)
         for (idx c = 0; c < t.channels; c++)
-            if (!FN(stands)(sum[c], squares[c], m2[c], count, t.inner)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
+            if (!FN(stands)(sum[c], squares[c], m2[c], count, first)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
 static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
@@ -1046,7 +1050,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    const FN(asks) asks = FN(asks_of)(w);
+    const asks_t asks = FN(asks_of)(w);
     const idx ahead = FN(rows_ahead)(w) * w.ld;
 #define ASK(what)                                                                                                      \
     FN(ask)(what, x + r * w.ld + ahead, k, head, w.ld);                                                                \
