@@ -4,7 +4,8 @@ fastbn, the floor and the peers are called in turns, on the same arrays, in an o
 time counts, of at least 15 (`fastbn.bench.interleaved`). The floor is the time to copy the tensor (forward, eval) or to
 add two tensors into a third (backward), by the better of plain and streaming stores, with as many threads.
 
-A turn begins with rest, goes on with 3 ms of calls that are not counted, and ends with five that are. Why:
+A turn begins with rest, goes on with 3 ms of calls that are not counted (and eight of them, where that takes at most 12
+ms), and ends with five that are. Why:
 
 - Rest. A library's OpenMP workers spin after a call: libgomp's for 4 to 5 ms, torch's copy of it for up to 10. On two
   processors they take one from whoever comes next: without a rest, a floor of 0.04 ms became 8, the scheduler's slice.
@@ -12,7 +13,8 @@ A turn begins with rest, goes on with 3 ms of calls that are not counted, and en
 - Calls that are not counted. After the rest the workers sleep, and the first call wakes them: 50 µs and more, which in
   a trainer no call but the first pays. From the third on, times are those of a tight loop. Where the tensors are about
   as large as the last-level cache, it takes six to eight calls until it holds what it will hold: with a single one,
-  eval on 32×128×28×28 looked up to a tenth slower than it is, and the floor less so.
+  eval on 32×128×28×28 looked up to a tenth slower than it is, and the floor less so; with 3 ms alone, backward, of
+  which that is three or four calls, looked slower beside a floor of ten.
 
 Both are the same for all: a floor and a peer get what fastbn gets.
 """

@@ -25,6 +25,7 @@ EPS = 1e-5
 SECONDS = 0.6  # for a row
 CALLS_A_TURN = 5
 WARM_UP = 0.003  # seconds of calls that are not counted, a turn
+WARM_UP_CALLS, WARM_UP_MOST = 8, 0.012  # and so many of them, if that takes no more seconds
 
 
 # ---- taking times ----
@@ -69,10 +70,10 @@ def interleaved(functions: Sequence[Call], *, seconds: float, least: int = 15) -
             for i in order:
                 function = functions[i]
                 wait_until_quiet()
-                warm = perf_counter() + WARM_UP
-                function()
-                while perf_counter() < warm:
+                began, calls, spent = perf_counter(), 0, 0.0
+                while spent < WARM_UP or (calls < WARM_UP_CALLS and spent < WARM_UP_MOST):
                     function()
+                    calls, spent = calls + 1, perf_counter() - began
                 for _ in range(CALLS_A_TURN):
                     start = perf_counter()
                     function()

@@ -214,13 +214,13 @@ def test_gradient_scale(kernels, layout, scale):
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-@pytest.mark.parametrize("shape", [(40, 3, 31, 30), (5000, 3), (3, 3, 9000), (300, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 3, 31, 30), (5000, 3), (5000, 40), (3, 3, 9000), (300, 3, 5)], ids=str)
 @pytest.mark.parametrize("kind", ["trend", "first values", "outlier", "steps"])
 def test_misleading_first_values(kernels, dtype, shape, kind):
     """A block's pivot comes from its first values; here they are far from its mean."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal(shape)
-    flat = np.moveaxis(x, 1, 0).reshape(3, -1)  # a copy, a channel a row
+    flat = np.moveaxis(x, 1, 0).reshape(shape[1], -1)  # a copy, a channel a row
     n = flat.shape[1]
     if kind == "trend":
         flat += np.linspace(0, 1e4, n)
@@ -230,7 +230,7 @@ def test_misleading_first_values(kernels, dtype, shape, kind):
         flat[:, 0] = -1e6
     else:
         flat += 1e4 * (np.arange(n) * 7 // n)
-    x = np.moveaxis(flat.reshape(3, *np.moveaxis(x, 1, 0).shape[1:]), 0, 1).astype(dtype, order="C")
+    x = np.moveaxis(flat.reshape(shape[1], *np.moveaxis(x, 1, 0).shape[1:]), 0, 1).astype(dtype, order="C")
     m = fastbn.moments(x)
     y, saved = fastbn.batch_norm_forward(x)
     # Not the reference, whose own pivot is the first value: longer floats where the machine has them.

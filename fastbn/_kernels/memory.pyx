@@ -4,9 +4,9 @@
 # Arrays get it by NumPy's own way (NEP 49): each remembers the handler that made it and gives its memory back to it. They own
 # their memory like others, and where a program has a handler of its own for its arrays, that one serves.
 #
-# What is kept beyond the newest blocks is marked as free to take (MADV_FREE), by whole huge pages: the system does so, without a
-# word, when memory is short, and fresh pages come in their place. The newest are not marked: each huge page of a mark interrupts the other processors
-# (0.8 ms for 100 MB).
+# What is kept beyond the newest blocks is marked as free to take (MADV_FREE), by whole huge pages: the system does so, without
+# a word, when memory is short, and fresh pages come in their place. The newest are not marked: each huge page of a mark
+# interrupts the other processors (0.8 ms for 100 MB).
 #
 # NumPy makes and frees its arrays' memory under the interpreter's lock: nothing else is needed. Arrays are freed while an exception
 # is on its way, too: take, keep and what they call touch no Python object.

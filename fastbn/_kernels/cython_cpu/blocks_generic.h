@@ -718,32 +718,32 @@ static void FN(spread_columns)(const T *channel, tile_t t, T *column)
  * constant channel, its value. Of how many values each was made. */
 static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
 {
-    const T quarter = (T)0.25, half = (T)0.5;
-#define ROW(W, r) quarter * LOAD(W)(x + (r) * t.ld + k)
-#define MEAN_OF_FOUR(W, r) ((ROW(W, r) + ROW(W, r + 1)) + (ROW(W, r + 2) + ROW(W, r + 3)))
-#define MEAN_OF_EIGHT(W) (half * MEAN_OF_FOUR(W, 0) + half * MEAN_OF_FOUR(W, 4))
-    if (t.inner > 1)
+    if (t.inner > 1) {
+        const idx some = t.inner < 16 ? 1 : 16;
         for (idx c = 0; c < t.channels; c++) {
             T mean = FN(load1)(x + c * t.inner);
-            if (t.inner >= 16) {
+            if (some == 16) {
                 T row[16];
                 UNROLLED for (idx j = 0; j < 16; j += NARROW_WIDTH) FN(put16)(row + j, FN(load16)(x + c * t.inner + j));
                 mean = FN(pivot_of)((T)(FN(sum_lanes)(row, 16) / 16));
             }
             for (idx j = 0; j < t.inner; j++) pivot[c * t.inner + j] = mean;
         }
-    else if (rows >= 4) {
-        idx k = 0;
-        for (; k + WIDTH <= t.channels; k += WIDTH)
-            FN(put)(pivot + k, FN(pivots_of)(rows < 8 ? MEAN_OF_FOUR(, 0) : MEAN_OF_EIGHT()));
-        for (; k < t.channels; k++) pivot[k] = FN(pivot_of)(rows < 8 ? MEAN_OF_FOUR(1, 0) : MEAN_OF_EIGHT(1));
-#undef MEAN_OF_EIGHT
+        return some;
+    }
+    const idx some = rows < 4 ? 1 : rows < 8 ? 4 : 8;
+    const T quarter = (T)0.25, half = (T)0.5;
+#define ROW(W, r) quarter * LOAD(W)(x + (r) * t.ld + k)
+#define MEAN_OF_FOUR(W, r) ((ROW(W, r) + ROW(W, r + 1)) + (ROW(W, r + 2) + ROW(W, r + 3)))
+#define MEAN(W) (some == 4 ? MEAN_OF_FOUR(W, 0) : half * MEAN_OF_FOUR(W, 0) + half * MEAN_OF_FOUR(W, 4))
+    idx k = 0;
+    for (; some > 1 && k + WIDTH <= t.channels; k += WIDTH) FN(put)(pivot + k, FN(pivots_of)(MEAN()));
+    for (; some > 1 && k < t.channels; k++) pivot[k] = FN(pivot_of)(MEAN(1));
+    for (; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
+#undef MEAN
 #undef MEAN_OF_FOUR
 #undef ROW
-    } else
-        for (idx k = 0; k < t.channels; k++) pivot[k] = FN(load1)(x + k);
-    if (t.inner > 1) return t.inner < 16 ? 1 : 16;
-    return rows < 4 ? 1 : rows < 8 ? 4 : 8;
+    return some;
 }
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for. Line after line
@@ -756,10 +756,11 @@ static inline asks_t FN(asks_of)(tile_t t)
     return t.place != CACHED ? IN_LINES : row >= 512 && row <= 1024 ? NEXT_GROUP : SILENT;
 }
 
-static inline idx FN(rows_ahead)(tile_t t)
+/* How far ahead: the next group, or, line after line, as far as memory needs. */
+static inline idx FN(rows_ahead)(asks_t asks, tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S), lead = t.place == FAR || row < 1024 ? LEAD_FAR : LEAD_NEAR;
-    if (FN(asks_of)(t) != IN_LINES) return 4;
+    if (asks != IN_LINES) return 4;
     return 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024));
 }
 
@@ -897,7 +898,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const asks_t asks = FN(asks_of)(w);
-    const idx ahead = FN(rows_ahead)(w) * w.ld;
+    const idx ahead = FN(rows_ahead)(asks, w) * w.ld;
     if (in_order) r = FN(moments_in_order)(x, all, w, pivot, s, q);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
@@ -988,8 +989,8 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
     }
 }
 
-/* g = dz and e = dz·(x − hi) of n rows. (dy is held in registers, and rows are found from the first one: gcc would load it anew for
- * each use, and keep more pointers than there are registers.) */
+/* g = dz and e = dz·(x − hi) of n rows. (dy is held in registers, and x's and dy's rows are found from the first one: gcc would
+ * load dy anew for each use, and keep more pointers than there are registers.) */
 #ifdef __x86_64__
 #define HOLD(vector) __asm__("" : "+v"(vector))
 #define HOLD_POINTER(p) __asm__("" : "+r"(p))
@@ -1051,7 +1052,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const asks_t asks = FN(asks_of)(w);
-    const idx ahead = FN(rows_ahead)(w) * w.ld;
+    const idx ahead = FN(rows_ahead)(asks, w) * w.ld;
 #define ASK(what)                                                                                                      \
     FN(ask)(what, x + r * w.ld + ahead, k, head, w.ld);                                                                \
     FN(ask)(what, dy + r * w.ld + ahead, k, head, w.ld);                                                               \

@@ -69,7 +69,7 @@ cdef extern from "tasks.h":
     void moments_tile(const call_t *, idx) noexcept nogil
     void moments_part(const call_t *, idx) noexcept nogil
     void merge_moments_tile(const call_t *, idx) noexcept nogil
-    bint dz_is_dy(const call_t *) noexcept nogil
+    bint dz_is_cut(const call_t *) noexcept nogil
     void coefs_all(const call_t *, idx) noexcept nogil
     void normalize_part(const call_t *, idx) noexcept nogil
     void forward_tile(const call_t *, idx) noexcept nogil
@@ -548,12 +548,13 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     cdef call_t k = no_call()
     take(&k, x)
     k.dy, k.out, k.batch, k.slope = data(dy), data(dx), batch, slope
-    if dresidual is not None:  # without an activation nothing is cut, whatever y says
-        k.y, k.dz = data(dy if y is None else y), data(dresidual)
+    if dresidual is not None:
+        k.dz = data(dresidual)
+        k.y = data(y if dz_is_cut(&k) else dy)  # without an activation nothing is cut, whatever y says
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
-    threads = prepare(&k, outer, channels, inner, threads, 2 if dresidual is None else 3 if dz_is_dy(&k) else 4, 2)
+    threads = prepare(&k, outer, channels, inner, threads, 4 if dz_is_cut(&k) else 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
     with nogil:
         if k.fused:

@@ -69,8 +69,8 @@ static inline kind_t kind_of(const call_t *k)
     return slope_of(k) == 1 ? PLAIN : slope_of(k) == 0 ? RELU : LEAKY;
 }
 
-/* Without an activation dz is dy, and only a copy of it is asked for. */
-static inline int dz_is_dy(const call_t *k) { return slope_of(k) == 1; }
+/* Is a residual's gradient dz asked for that an activation cut? Without one it is dy, copied in the second step. */
+static inline int dz_is_cut(const call_t *k) { return k->dz && slope_of(k) != 1; }
 
 /* Cache sizes in bytes, read from the system once. The last level is what one group of cores shares: sysconf() adds the
  * groups of a socket up, so Linux's own table comes first. */
@@ -150,7 +150,7 @@ static void plan_columns(call_t *k, idx bytes)
         width = least(least(fits, eighth), MAX_COLUMNS);
         /* In cache, planes are written faster in order, from wherever the cache has them, than row by row of a tile. But not where
          * the first step writes dz: another thread would have to fetch it from this one's cache. */
-        k->fused = !k->out || (k->dz && !dz_is_dy(k)) || k->place != CACHED || k->inner < SHORTEST_PLANE;
+        k->fused = !k->out || dz_is_cut(k) || k->place != CACHED || k->inner < SHORTEST_PLANE;
     }
     k->tile = width / k->inner > 0 ? width / k->inner : 1;
     /* Tiles whose first columns all lie alike to cache lines. */

@@ -331,14 +331,11 @@ static void FN(forward_tile)(const call_t *k, idx i)
 
 /* In cache, the first step may as well write dz, and the second then has less to do; from memory, y and dy are read twice rather
  * than dz written through the cache. Half types would be rounded by it: their second step always begins with dy. */
-static inline int FN(dz_first)(const call_t *k)
-{
-    return k->dz && !dz_is_dy(k) && k->place == CACHED && sizeof(S) == sizeof(T);
-}
+static inline int FN(dz_first)(const call_t *k) { return dz_is_cut(k) && k->place == CACHED && sizeof(S) == sizeof(T); }
 
 static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {k->dz && dz_is_dy(k) ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at),
+    FN(gate_t) gate = {slope_of(k) == 1 ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at),
                        FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL};
     return gate;
 }
