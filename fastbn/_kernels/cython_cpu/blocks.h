@@ -197,7 +197,7 @@ static inline tile_t joined(tile_t t, idx rows)
 static inline idx rows_a_block(tile_t t) { return BLOCK_ROWS * rows_to_sum_as_one(t); }
 
 /* What becomes of z, or of a gradient on its way back. ADDED (forward): a residual is added, then as LEAKY. GATED (backward): the
- * sign of z is read from y, and what passes is written to dz. For slope 0 LEAKY gives exactly 0, also where z = −∞. */
+ * sign of z is read from y. For slope 0 LEAKY gives exactly 0, also where z = −∞. */
 typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 
 #define LINED __attribute__((aligned(64)))        /* what is read again and again: a load that straddles two lines is two */

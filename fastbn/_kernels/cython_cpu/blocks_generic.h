@@ -92,6 +92,15 @@ INLINE VEC FN(less)(VEC a, VEC b)
 #endif
 }
 
+/* Held in a register: gcc would load it anew for each use. */
+#ifdef __x86_64__
+#define HOLD(vector) __asm__("" : "+v"(vector))
+#define HOLD_POINTER(p) __asm__("" : "+r"(p))
+#else
+#define HOLD(vector)
+#define HOLD_POINTER(p)
+#endif
+
 /* g where z > 0 (or is not a number), slope·g elsewhere, as `kind` says: an activation (g = z), and what its gradient passes. */
 INLINE T FN(gate1)(kind_t kind, T g, T z, T slope)
 {
@@ -113,6 +122,7 @@ INLINE VEC FN(gate)(kind_t kind, VEC g, VEC z, T slope)
 {
     if (kind == PLAIN) return g;
     const BITS keep = kind != LEAKY && slope == 0 ? 0 : -1;
+    if (kind != RELU) HOLD(g);
     VEC less = kind == RELU ? (VEC){0} : (VEC)((MASK)(g * slope) & keep);
     return (VEC)CHOOSE(ABOVE(z), g, less);
 }
@@ -559,40 +569,40 @@ static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, bloc
 }
 
 /* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors. */
-static inline int FN(streams_beside)(FN(gate_t) gate, const S *out, int streaming)
+static inline int FN(streams_beside)(FN(gate_t) gate, int beside, const S *out, int streaming)
 {
-    return gate.kind == GATED && streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
+    return beside && streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
 }
 
-INLINE T FN(pass1)(FN(gate_t) gate, idx at, int streams, T dz)
+INLINE T FN(pass1)(FN(gate_t) gate, int beside, idx at, int streams, T dz)
 {
-    if (gate.kind == GATED) FN(store1)(gate.dz + at, dz);
+    if (beside) FN(store1)(gate.dz + at, dz);
     return dz;
 }
-INLINE NARROW FN(pass16)(FN(gate_t) gate, idx at, int streams, NARROW dz)
+INLINE NARROW FN(pass16)(FN(gate_t) gate, int beside, idx at, int streams, NARROW dz)
 {
-    if (gate.kind == GATED) FN(store16)(gate.dz + at, dz);
+    if (beside) FN(store16)(gate.dz + at, dz);
     return dz;
 }
-INLINE VEC FN(pass)(FN(gate_t) gate, idx at, int streams, VEC dz)
+INLINE VEC FN(pass)(FN(gate_t) gate, int beside, idx at, int streams, VEC dz)
 {
-    if (gate.kind == GATED) {
+    if (beside) {
         if (streams) FN(stream)(gate.dz + at, dz);
         else FN(store)(gate.dz + at, dz);
     }
     return dz;
 }
 
-/* IN dy, x, OUT dx, gate.dz (if GATED): planes from channel c on; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may be
- * dy. */
-INLINE void FN(slope_planes_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner,
+/* IN dy, x, OUT dx, gate.dz (if `beside`): planes from channel c on; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may
+ * be dy. */
+INLINE void FN(slope_planes_as)(FN(gate_t) gate, int beside, int batch, const S *dy, const S *x, S *out, idx planes, idx inner,
                                 FN(slopes) g, idx c, idx channels, int streaming, idx ahead)
 {
-    const int streams = FN(streams_beside)(gate, out, streaming), needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    const int streams = FN(streams_beside)(gate, beside, out, streaming), needs_z = gate.kind == RELU || gate.kind == LEAKY;
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);                                                           \
     if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);
-#define PASS(W, i, d) FN(pass##W)(gate, i, streams, DZ(W, i, d, a, b))
+#define PASS(W, i, d) FN(pass##W)(gate, beside, i, streams, DZ(W, i, d, a, b))
 #define COEFS(EACH, W, c)                                                                                              \
     EACH(W, hi, g.v.hi[c]) EACH(W, a, g.v.a[c]) EACH(W, m, g.m[c]) EACH(W, k, g.k[c]) EACH(W, b, (needs_z ? g.v.b : g.v.a)[c])
 #define FORMULA(W, i) ((PASS(W, i, LOAD(W)(x + i) - hi) - m) - (LOAD(W)(x + i) - hi) * k) * a
@@ -611,17 +621,25 @@ INLINE void FN(slope_planes_as)(FN(gate_t) gate, int batch, const S *dy, const S
 #undef AHEAD
 }
 
+/* What may be written beside dx: dy itself, or what the activation passed of it. */
+#define EACH_GATE(AS)                                                                                                  \
+    switch (gate.kind) {                                                                                               \
+    case PLAIN:                                                                                                        \
+        if (gate.dz) AS(PLAIN, 1);                                                                                     \
+        else AS(PLAIN, 0);                                                                                             \
+        break;                                                                                                         \
+    case RELU: AS(RELU, 0); break;                                                                                     \
+    case LEAKY: AS(LEAKY, 0); break;                                                                                   \
+    default: AS(GATED, 1);                                                                                             \
+    }
+
 static void FN(slope_planes)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner, FN(slopes) g,
                              idx c, idx channels, int streaming, idx ahead)
 {
     FN(gate_t) as = gate;
-#define AS(is) as.kind = is, FN(slope_planes_as)(as, batch, dy, x, out, planes, inner, g, c, channels, streaming, ahead)
-    switch (gate.kind) {
-    case PLAIN: AS(PLAIN); break;
-    case RELU: AS(RELU); break;
-    case LEAKY: AS(LEAKY); break;
-    default: AS(GATED);
-    }
+#define AS(is, beside)                                                                                                 \
+    as.kind = is, FN(slope_planes_as)(as, beside, batch, dy, x, out, planes, inner, g, c, channels, streaming, ahead)
+    EACH_GATE(AS)
 #undef AS
 }
 
@@ -989,15 +1007,8 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
     }
 }
 
-/* g = dz and e = dz·(x − hi) of n rows. (dy is held in registers, and x's and dy's rows are found from the first one: gcc would
- * load dy anew for each use, and keep more pointers than there are registers.) */
-#ifdef __x86_64__
-#define HOLD(vector) __asm__("" : "+v"(vector))
-#define HOLD_POINTER(p) __asm__("" : "+r"(p))
-#else
-#define HOLD(vector)
-#define HOLD_POINTER(p)
-#endif
+/* g = dz and e = dz·(x − hi) of n rows. (x's and dy's rows are found from the first one: gcc would keep more pointers than there are
+ * registers.) */
 #define ROWS(W, n, V)                                                                                                  \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
     const S *xs = x + r * w.ld + k, *dys = dy + r * w.ld + k;                                                          \
@@ -1083,8 +1094,6 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     }
 #undef COLUMN
 #undef ROWS
-#undef HOLD
-#undef HOLD_POINTER
 #undef ASK
     FN(fold_columns)(s, t, join, sum_dy);
     FN(fold_columns)(q, t, join, sum_dy_x);
@@ -1114,29 +1123,29 @@ static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx r
     }
 }
 
-/* IN dy, x, OUT dx, gate.dz (if GATED): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
+/* IN dy, x, OUT dx, gate.dz (if `beside`): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
  * may be dy. */
-INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
+INLINE void FN(slope_columns_as)(FN(gate_t) gate, int beside, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
                                  FN(slopes) g, int streaming, idx ahead)
 {
     const T *restrict ms = g.m, *restrict as = g.v.a, *restrict his = g.v.hi, *restrict ks = g.k;
     const T *restrict bs = g.v.b;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = FN(streams_beside)(gate, out, streaming);
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = FN(streams_beside)(gate, beside, out, streaming);
 #define SHIFT                                                                                                          \
     x += ld, dy += ld, out += ld;                                                                                      \
-    if (gate.kind == GATED) gate.y += ld, gate.dz += ld;
+    if (gate.kind == GATED) gate.y += ld;                                                                              \
+    if (beside) gate.dz += ld;
 #define BESIDE_AHEAD(i)                                                                                                \
-    if (gate.kind == GATED) {                                                                                          \
-        FN(ask_ahead)(gate.y, i, ahead);                                                                               \
-        if (!streams) FN(ask_to_write)(gate.dz, i, ahead);                                                             \
-    }
+    if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);                                                           \
+    if (beside && !streams) FN(ask_to_write)(gate.dz, i, ahead);
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(x, i, ahead), FN(ask_ahead)(dy, i, ahead);                                                           \
     BESIDE_AHEAD(i)                                                                                                    \
     if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define PREPARE(W, i)                                                                                                  \
     __typeof__(GET(W)(ms)) m = GET(W)(ms + i), a = GET(W)(as + i), hi = GET(W)(his + i), k = GET(W)(ks + i),           \
-                           b = needs_z ? GET(W)(bs + i) : m;
+                           b = needs_z ? GET(W)(bs + i) : m;                                                           \
+    if (needs_z) HOLD(a);
 #define FORMULA(W, i) ((PASS(W, i, FN(less##W)(LOAD(W)(x + i), hi)) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
     if (batch) {
         EACH_ROW(SHIFT)
@@ -1150,7 +1159,8 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int batch, const S *dy, const 
     BESIDE_AHEAD(i)                                                                                                    \
     if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define PREPARE(W, i)                                                                                                  \
-    __typeof__(GET(W)(as)) a = GET(W)(as + i), hi = needs_z ? GET(W)(his + i) : a, b = needs_z ? GET(W)(bs + i) : a;
+    __typeof__(GET(W)(as)) a = GET(W)(as + i), hi = needs_z ? GET(W)(his + i) : a, b = needs_z ? GET(W)(bs + i) : a; \
+    if (needs_z) HOLD(a);
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
         EACH_ROW(SHIFT)
@@ -1166,19 +1176,20 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
                               FN(slopes) g, int streaming, idx ahead)
 {
     FN(gate_t) as = gate;
-    switch (gate.kind) {
-    case PLAIN: as.kind = PLAIN; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
-    case RELU: as.kind = RELU; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
-    case LEAKY: as.kind = LEAKY; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead); break;
-    default: as.kind = GATED; FN(slope_columns_as)(as, batch, dy, x, out, all, ld, len, g, streaming, ahead);
-    }
+#define AS(is, beside)                                                                                                 \
+    as.kind = is, FN(slope_columns_as)(as, beside, batch, dy, x, out, all, ld, len, g, streaming, ahead)
+    EACH_GATE(AS)
+#undef AS
 }
 
 #undef Y
+#undef HOLD
+#undef HOLD_POINTER
 #undef Z
 #undef DZ
 #undef GATE_BY
 #undef PASS
+#undef EACH_GATE
 #undef LOAD
 #undef GET
 #undef GATE

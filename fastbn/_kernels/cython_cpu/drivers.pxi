@@ -548,9 +548,9 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     cdef call_t k = no_call()
     take(&k, x)
     k.dy, k.out, k.batch, k.slope = data(dy), data(dx), batch, slope
-    if dresidual is not None:
-        k.dz = data(dresidual)
-        k.y = data(y if dz_is_cut(&k) else dy)  # without an activation nothing is cut, whatever y says
+    k.dz = data_or_null(dresidual)
+    if dz_is_cut(&k):  # without an activation nothing is, whatever y says
+        k.y = data(y)
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)

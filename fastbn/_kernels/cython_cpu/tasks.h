@@ -26,7 +26,7 @@ typedef struct {
     const void *x, *dy;
     const void *added, *y; /* forward's residual; backward's y, where one was added before an activation, or NULL */
     void *out; /* OUT: y or dx */
-    void *dz;  /* OUT, with y: the residual's gradient; the second step's dy */
+    void *dz;  /* OUT, or NULL: the residual's gradient */
     double slope; /* the activation's, 1 for none */
     /* statistics by which to normalize; where a call computes them, they are `mean` and `second` below */
     param_t at_mean, at_var;

@@ -335,14 +335,14 @@ static inline int FN(dz_first)(const call_t *k) { return dz_is_cut(k) && k->plac
 
 static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {slope_of(k) == 1 ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at),
-                       FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL};
+    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL};
     return gate;
 }
 
 static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {FN(dz_first)(k) ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(from)(k->dz, at)};
+    FN(gate_t) gate = {FN(dz_first)(k) ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at),
+                       FN(dz_first)(k) ? NULL : FN(from)(k->dz, at)};
     return gate;
 }
 
