@@ -329,8 +329,8 @@ static inline void FN(slopes_set)(FN(slopes) g, idx n, const double *restrict me
     }
 }
 
-/* What a gradient step reads and writes beside dy and x: see kind_t. */
-typedef struct { kind_t kind; T slope; const S *y; S *dz; } FN(gate_t);
+/* What a gradient step reads and writes beside dy and x: see kind_t. And whether what it writes goes past the cache. */
+typedef struct { kind_t kind; T slope; const S *y; S *dz; int streaming; } FN(gate_t);
 
 /* dz of W elements: dy, as far as the activation passed it. d is x − hi. */
 #define DZ(W, at, d, a, b) GATE(W)(gate.kind, LOAD(W)(dy + (at)), GATE_BY(W, at, LOAD(W)(dy + (at)), d, a, b), gate.slope)
@@ -569,9 +569,9 @@ static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, bloc
 }
 
 /* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors. */
-static inline int FN(streams_beside)(FN(gate_t) gate, int beside, const S *out, int streaming)
+static inline int FN(streams_beside)(FN(gate_t) gate, int beside, const S *out)
 {
-    return beside && streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
+    return beside && gate.streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
 }
 
 INLINE T FN(pass1)(FN(gate_t) gate, int beside, idx at, int streams, T dz)
@@ -596,9 +596,10 @@ INLINE VEC FN(pass)(FN(gate_t) gate, int beside, idx at, int streams, VEC dz)
 /* IN dy, x, OUT dx, gate.dz (if `beside`): planes from channel c on; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz may
  * be dy. */
 INLINE void FN(slope_planes_as)(FN(gate_t) gate, int beside, int batch, const S *dy, const S *x, S *out, idx planes, idx inner,
-                                FN(slopes) g, idx c, idx channels, int streaming, idx ahead)
+                                FN(slopes) g, idx c, idx channels, idx ahead)
 {
-    const int streams = FN(streams_beside)(gate, beside, out, streaming), needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    const int streaming = gate.streaming, streams = FN(streams_beside)(gate, beside, out);
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
 #define AHEAD(i)                                                                                                       \
     FN(ask_ahead)(dy, i, ahead), FN(ask_ahead)(x, i, ahead);                                                           \
     if (gate.kind == GATED) FN(ask_ahead)(gate.y, i, ahead);
@@ -634,11 +635,11 @@ INLINE void FN(slope_planes_as)(FN(gate_t) gate, int beside, int batch, const S 
     }
 
 static void FN(slope_planes)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner, FN(slopes) g,
-                             idx c, idx channels, int streaming, idx ahead)
+                             idx c, idx channels, idx ahead)
 {
     FN(gate_t) as = gate;
 #define AS(is, beside)                                                                                                 \
-    as.kind = is, FN(slope_planes_as)(as, beside, batch, dy, x, out, planes, inner, g, c, channels, streaming, ahead)
+    as.kind = is, FN(slope_planes_as)(as, beside, batch, dy, x, out, planes, inner, g, c, channels, ahead)
     EACH_GATE(AS)
 #undef AS
 }
@@ -1019,7 +1020,7 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
         V d = FN(less##W)(LOAD(W)(xs + j * w.ld), h), dyj = LOAD(W)(dys + j * w.ld);                                   \
         HOLD(dyj);                                                                                                     \
         g[j] = GATE(W)(gate.kind, dyj, GATE_BY(W, at, dyj, d, a, b), gate.slope);                                      \
-        if (gate.kind == GATED && gate.dz) FN(store##W)(gate.dz + at, g[j]);                                           \
+        FN(pass##W)(gate, gate.kind == GATED && gate.dz, at, streams, g[j]);                                           \
         e[j] = g[j] * d;                                                                                               \
     }
 
@@ -1029,7 +1030,7 @@ INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx a
     T room[4][APART] LINED;
     T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
     idx r = 0, head = 0, cols = w.channels * w.inner;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = 0;
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 1, V)                                                                                                  \
@@ -1057,6 +1058,8 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     const int in_order = FN(one_by_one)(w, 1024);
     idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
+    /* dz goes past the cache by whole lines, or not at all: never a part of one. Read in order, rows are better left in it. */
+    int streams = gate.streaming && !in_order && !(w.ld % UNIT) && !((uintptr_t)(gate.dz + head) % UNIT_BYTES) && (WIDTH == UNIT || !head);
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift;
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
@@ -1088,6 +1091,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         FN(put##W)(s + k, GET(W)(s + k) + g[0]);                                                                       \
         FN(put##W)(q + k, GET(W)(q + k) + e[0]);                                                                       \
     }
+    streams = 0;
     for (; r < all + (rest > 0); r++) {
         if (r == all) cols = rest, head = 0;
         SWEEP_COLUMNS(COLUMN, SILENTLY)
@@ -1126,11 +1130,12 @@ static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx r
 /* IN dy, x, OUT dx, gate.dz (if `beside`): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
  * may be dy. */
 INLINE void FN(slope_columns_as)(FN(gate_t) gate, int beside, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
-                                 FN(slopes) g, int streaming, idx ahead)
+                                 FN(slopes) g, idx ahead)
 {
     const T *restrict ms = g.m, *restrict as = g.v.a, *restrict his = g.v.hi, *restrict ks = g.k;
     const T *restrict bs = g.v.b;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = FN(streams_beside)(gate, beside, out, streaming);
+    const int streaming = gate.streaming, streams = FN(streams_beside)(gate, beside, out);
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
 #define SHIFT                                                                                                          \
     x += ld, dy += ld, out += ld;                                                                                      \
     if (gate.kind == GATED) gate.y += ld;                                                                              \
@@ -1173,11 +1178,11 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int beside, int batch, const S
 }
 
 static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx all, idx ld, idx len,
-                              FN(slopes) g, int streaming, idx ahead)
+                              FN(slopes) g, idx ahead)
 {
     FN(gate_t) as = gate;
 #define AS(is, beside)                                                                                                 \
-    as.kind = is, FN(slope_columns_as)(as, beside, batch, dy, x, out, all, ld, len, g, streaming, ahead)
+    as.kind = is, FN(slope_columns_as)(as, beside, batch, dy, x, out, all, ld, len, g, ahead)
     EACH_GATE(AS)
 #undef AS
 }

@@ -329,20 +329,24 @@ static void FN(forward_tile)(const call_t *k, idx i)
 
 /* ---- backward ---- */
 
-/* In cache, the first step may as well write dz, and the second then has less to do; from memory, y and dy are read twice rather
- * than dz written through the cache. Half types would be rounded by it: their second step always begins with dy. */
-static inline int FN(dz_first)(const call_t *k) { return dz_is_cut(k) && k->place == CACHED && sizeof(S) == sizeof(T); }
+/* The first step writes dz, and the second then has less to read and to do: in cache, and where both go over whole rows. But not where
+ * a tile stays in cache between them: y and dy then cost less to read again than dz to write through the cache. Half types would be
+ * rounded by it: their second step always begins with dy. */
+static inline int FN(dz_first)(const call_t *k)
+{
+    return dz_is_cut(k) && sizeof(S) == sizeof(T) && (k->place == CACHED || (whole_rows(k) && !k->fused));
+}
 
 static inline FN(gate_t) FN(gate_at)(const call_t *k, idx at)
 {
-    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL};
+    FN(gate_t) gate = {kind_of(k), (T)k->slope, FN(from)(k->y, at), FN(dz_first)(k) ? FN(from)(k->dz, at) : NULL, k->streaming};
     return gate;
 }
 
 static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
 {
     FN(gate_t) gate = {FN(dz_first)(k) ? PLAIN : kind_of(k), (T)k->slope, FN(from)(k->y, at),
-                       FN(dz_first)(k) ? NULL : FN(from)(k->dz, at)};
+                       FN(dz_first)(k) ? NULL : FN(from)(k->dz, at), k->streaming};
     return gate;
 }
 
@@ -533,13 +537,13 @@ static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes
     }
     FN(ask_for_ragged_end)(k, at, planes * inner);
     FN(slope_planes)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, planes,
-                     inner, FN(slopes_from)(k, 0), channel, k->channels, k->streaming, k->ahead);
+                     inner, FN(slopes_from)(k, 0), channel, k->channels, k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
     FN(slope_columns)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
-                      (S *)k->out + at, rows, ld, cols, g, k->streaming, k->ahead);
+                      (S *)k->out + at, rows, ld, cols, g, k->ahead);
 }
 
 static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
