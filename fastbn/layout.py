@@ -79,6 +79,12 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: i
     return Layout(outer, channels, inner, order, tuple(order.index(d) for d in range(ndim)))
 
 
+@lru_cache(maxsize=1024)
+def in_order(outer: int, channels: int, inner: int) -> Layout:
+    """The layout of an array in C order."""
+    return Layout(outer, channels, inner, None, None)
+
+
 def canonical(name: str, x: Any, axis: int) -> tuple[Array, Layout]:
     """Checks an input array and finds its layout.
 

@@ -118,6 +118,7 @@ JOBS = {
         stub = types.SimpleNamespace(**{name: getattr(module, name) for name in dir(module)})
         stub.moments = stub.forward = stub.normalize = stub.backward = lambda *arguments: None
         stub.normalize_usual = lambda x, *arguments: x
+        stub.forward_usual = lambda *arguments: None
         count, end = 0, False
 
         def counting():

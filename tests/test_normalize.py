@@ -69,7 +69,7 @@ def test_usual_arguments(compiled, dtype, shape, axis, where, order, monkeypatch
     """The way of the usual call gives what the other way does, that of arguments that must be looked at in Python."""
     other = SimpleNamespace(**{name: getattr(compiled, name) for name in dir(compiled)})
     other.usual = other.usual_statistics = lambda *arguments: False
-    other.normalize_usual = lambda *arguments: None
+    other.normalize_usual = other.forward_usual = lambda *arguments: None
 
     def made(seed):
         array = sample(shape, dtype, seed=seed)
@@ -121,6 +121,10 @@ def test_the_usual_way_is_taken(kernels, monkeypatch):
             y, saved = fastbn.batch_norm_eval_forward(array, mean, var, weight, bias, activation="relu")
             fastbn.batch_norm_backward(y, saved)
             fastbn.batch_norm(array, mean, var, training=True, out=y)
+        with monkeypatch.context() as missing:
+            missing.setattr(fastbn.functional, "canonical", None)
+            fastbn.batch_norm(channels_last, mean, var, weight, bias)
+            fastbn.batch_norm_forward(x, weight, bias)
     for call in (
         lambda: fastbn.batch_norm(x.tolist(), mean, var),
         lambda: fastbn.batch_norm(x, list(mean), var),

@@ -59,7 +59,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 
 # Of channels, not of elements, or of nothing but arguments: NumPy serves.
-from .reference import _quiet, normalize_usual, update_running_stats, usual, usual_statistics  # noqa: F401
+from .reference import (  # noqa: F401
+    _quiet,
+    forward_usual,
+    normalize_usual,
+    update_running_stats,
+    usual,
+    usual_statistics,
+)
 
 # Imported by name so that they are Any to the type checker, whether or not they are installed.
 numba: Any = import_module("numba")

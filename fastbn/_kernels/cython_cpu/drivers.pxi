@@ -405,6 +405,21 @@ def usual(x, idx channels, weight, bias, like, out, others):
     return True
 
 
+cdef bint found(x, eps, axis, idx *outer, idx *channels, idx *inner):
+    """The layout of an x that is plain and has no gaps; False where that, eps or axis needs a further look."""
+    cdef int at, ndim
+    if not plain(x) or type(axis) is not int or type(eps) is not float:
+        return False
+    ndim = np.PyArray_NDIM(<np.ndarray>x)
+    if not (ndim >= 2 and -ndim <= axis < ndim and 0.0 < eps < INFINITY):
+        return False
+    if np.PyArray_TYPE(<np.ndarray>x) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
+        return False
+    at = axis + ndim if axis < 0 else axis
+    channels[0] = np.PyArray_DIM(<np.ndarray>x, at)
+    return dense(<np.ndarray>x, at, outer, inner)
+
+
 def usual_statistics(mean, var, idx channels):
     """The same for running statistics: two plain vectors, writeable and apart."""
     return (
@@ -454,35 +469,23 @@ def normalize_usual(x, mean, var, weight, bias, eps, axis, residual, double slop
     What functional.batch_norm, layout.py and checks.py find out, for the commonest arguments: of a call on 32×64 values, finding
     it out in Python takes most of the time.
     """
-    cdef np.ndarray a
     cdef idx outer, channels, inner
-    cdef int at, ndim
-    if not plain(x) or type(axis) is not int or type(eps) is not float:
+    if not found(x, eps, axis, &outer, &channels, &inner):
         return None
-    a = x
-    ndim = np.PyArray_NDIM(a)
-    if not (ndim >= 2 and -ndim <= axis < ndim and 0.0 < eps < INFINITY):
-        return None
-    if np.PyArray_TYPE(a) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
-        return None
-    at = axis + ndim if axis < 0 else axis
-    if not dense(a, at, &outer, &inner):
-        return None
-    channels = np.PyArray_DIM(a, at)
     if mean is None or var is None or not (vector(mean, channels) and vector(var, channels)):
         return None
-    if not fits(a, channels, weight, bias, residual, out):
+    if not fits(x, channels, weight, bias, residual, out):
         return None
     if out is None:
-        out = output_like(a)
-    elif not (apart(out, mean) and apart(out, var) and (data(out) == data(a) or apart(out, a))):
+        out = output_like(x)
+    elif not (apart(out, mean) and apart(out, var) and (data(out) == data(x) or apart(out, x))):
         return None
-    normalize(a, out, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
+    normalize(x, out, outer, channels, inner, mean, var, weight, bias, eps, residual, slope, threads)
     return out
 
 
-def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray weight, np.ndarray bias,
-            double eps, np.ndarray mean, np.ndarray var, np.ndarray residual, double slope, int threads):
+cpdef forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.ndarray weight, np.ndarray bias,
+              double eps, np.ndarray mean, np.ndarray var, np.ndarray residual, double slope, int threads):
     cdef call_t k = no_call()
     take(&k, x)
     k.out, k.added, k.slope = data(y), data_or_null(residual), slope
@@ -500,6 +503,26 @@ def forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np.n
             plan_to_apply(&k)
             run(normalize_part, &k, apply_parts(&k), threads, True)
         free(memory)
+
+
+def forward_usual(x, weight, bias, eps, axis, residual, double slope, out, int threads):
+    """(y, mean, var, outer, channels, inner) where all arguments, unchecked, are as most are, and x in C order; else None."""
+    cdef idx outer, channels, inner
+    cdef np.npy_intp[1] length
+    cdef np.ndarray mean, var
+    if not found(x, eps, axis, &outer, &channels, &inner) or not np.PyArray_IS_C_CONTIGUOUS(<np.ndarray>x):
+        return None
+    if outer * inner == 1 or not fits(x, channels, weight, bias, residual, out):
+        return None
+    if out is None:
+        out = output_like(x)
+    elif not apart(out, x):
+        return None
+    length[0] = channels
+    mean = np.PyArray_EMPTY(1, length, np.NPY_FLOAT64, 0)
+    var = np.PyArray_EMPTY(1, length, np.NPY_FLOAT64, 0)
+    forward(x, out, outer, channels, inner, weight, bias, eps, mean, var, residual, slope, threads)
+    return out, mean, var, outer, channels, inner
 
 
 def gradient_moments(np.ndarray dy, np.ndarray x, idx outer, idx channels, idx inner, np.ndarray mean,
