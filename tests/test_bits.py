@@ -247,7 +247,7 @@ def past_a_line(array, elements):
     [(700, 96, 1), (601, 65, 1), (267, 272, 1), (70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)],
     ids=str,
 )
-@pytest.mark.parametrize("fused", ["plain", "relu", "added leaky"])
+@pytest.mark.parametrize("fused", ["plain", "relu", "added", "added leaky"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_caches(compiled, dtype, caches, shape, fused):
     """Fused or split, streamed or not, in tiles of any width, from any alignment: the same bits."""
@@ -255,19 +255,23 @@ def test_caches(compiled, dtype, caches, shape, fused):
     weight, bias, _, _ = parameters(shape[1], np.float32)
     fused = ACTIVATIONS[fused]
 
-    def results(of_inputs, of_outputs):
+    def results(of_inputs, of_outputs, of_cut):
         x, dy, residual = (past_a_line(array, of_inputs) for array in samples)
-        out, cut, kept = (past_a_line(array, of_outputs) for array in samples)
+        out, kept, cut = (past_a_line(x, elements) for elements in (of_outputs, of_outputs, of_cut))
         to, options = {"out": out}, fused
         if "residual" in fused:
             to, options = to | {"out_residual": cut}, fused | {"residual": residual}
         y, saved = fastbn.batch_norm_forward(x, weight, bias, out=kept, **options)
         gradients = [g.copy() for g in fastbn.batch_norm_backward(dy, saved, **to)]
         e, fixed = fastbn.batch_norm_eval_forward(x, saved.mean, saved.var, weight, bias, **options)
-        return [y, saved.mean, saved.var, *gradients, e, *fastbn.batch_norm_backward(dy, fixed, **to)]
+        gradients += [g.copy() for g in fastbn.batch_norm_backward(dy, fixed, **to)]
+        if "residual" in fused:
+            cut[...] = dy
+            gradients += fastbn.batch_norm_backward(cut, saved, out=out, out_residual=cut)
+        return [y, saved.mean, saved.var, e, *gradients]
 
-    want = results(0, 0)
+    want = results(0, 0, 0)
     with cache_sizes(*caches):
-        for of_inputs, of_outputs in itertools.product((0, 4), (0, 1, 4, 7)):
-            for got, expected in zip(results(of_inputs, of_outputs), want, strict=True):
+        for begins in itertools.product((0, 4), (0, 1, 4, 7), (0, 4)):
+            for got, expected in zip(results(*begins), want, strict=True):
                 same_bits(got, expected)

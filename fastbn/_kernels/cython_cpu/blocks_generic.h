@@ -568,10 +568,16 @@ static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, bloc
     }
 }
 
-/* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors. */
+/* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors; if they do not, before it
+ * (pass_alone). */
+static inline int FN(lie_alike)(const S *dz, const S *out)
+{
+    return ((uintptr_t)dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
+}
+
 static inline int FN(streams_beside)(FN(gate_t) gate, int beside, const S *out)
 {
-    return beside && gate.streaming && ((uintptr_t)gate.dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
+    return beside && gate.streaming && FN(lie_alike)(gate.dz, out);
 }
 
 INLINE T FN(pass1)(FN(gate_t) gate, int beside, idx at, int streams, T dz)
@@ -631,7 +637,9 @@ INLINE void FN(slope_planes_as)(FN(gate_t) gate, int beside, int batch, const S 
         break;                                                                                                         \
     case RELU: AS(RELU, 0); break;                                                                                     \
     case LEAKY: AS(LEAKY, 0); break;                                                                                   \
-    default: AS(GATED, 1);                                                                                             \
+    default:                                                                                                           \
+        if (gate.dz) AS(GATED, 1);                                                                                     \
+        else AS(GATED, 0);                                                                                             \
     }
 
 static void FN(slope_planes)(FN(gate_t) gate, int batch, const S *dy, const S *x, S *out, idx planes, idx inner, FN(slopes) g,
@@ -670,6 +678,23 @@ static void FN(copy_or_add_run)(const S *a, const S *b, S *out, idx len, int str
     else {
         if (streaming) SWEEP_STREAM else SWEEP_STORE
     }
+#undef FORMULA
+#undef AHEAD
+#undef PREPARE
+}
+
+/* IN dy, OUT gate.dz: `len` elements of it past the cache, and no dx. */
+static void FN(pass_alone)(FN(gate_t) gate, const S *dy, idx len)
+{
+    S *out = gate.dz;
+    if (gate.kind != GATED) {
+        FN(copy_or_add_run)(dy, NULL, out, len, 1);
+        return;
+    }
+#define AHEAD NOTHING
+#define PREPARE NOTHING
+#define FORMULA(W, i) GATE(W)(GATED, LOAD(W)(dy + i), LOAD(W)(gate.y + i), gate.slope)
+    SWEEP_STREAM
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE

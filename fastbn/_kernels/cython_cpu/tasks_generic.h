@@ -350,6 +350,12 @@ static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
     return gate;
 }
 
+/* Is what the second step writes better written one after the other? Not where dz overwrites the dy that dx needs. */
+static inline int FN(one_after_the_other)(const call_t *k, FN(gate_t) gate, idx at)
+{
+    return gate.dz && k->streaming && k->dz != k->dy && !FN(lie_alike)(gate.dz, (S *)k->out + at);
+}
+
 static inline const S *FN(dy_again)(const call_t *k, idx at) { return (const S *)(FN(dz_first)(k) ? k->dz : k->dy) + at; }
 
 /* Of a wide channel: dz of element i, from dy as far as the activation passed it, or as the first step wrote it. */
@@ -536,14 +542,28 @@ static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes
         return;
     }
     FN(ask_for_ragged_end)(k, at, planes * inner);
-    FN(slope_planes)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, planes,
+    FN(gate_t) gate = FN(gate_again)(k, at);
+    if (FN(one_after_the_other)(k, gate, at)) {
+        FN(pass_alone)(gate, FN(dy_again)(k, at), planes * inner);
+        gate.dz = NULL;
+    }
+    FN(slope_planes)(gate, k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, planes,
                      inner, FN(slopes_from)(k, 0), channel, k->channels, k->ahead);
 }
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    FN(slope_columns)(FN(gate_again)(k, at), k->batch, FN(dy_again)(k, at), (const S *)k->x + at,
-                      (S *)k->out + at, rows, ld, cols, g, k->ahead);
+    const int apart = FN(one_after_the_other)(k, FN(gate_again)(k, at), at);
+    const idx some = !apart ? rows : cols == ld && cols < BLOCK ? BLOCK / cols : 1; /* rows that are one run, and stay in cache */
+    for (idx r = 0; r < rows; r += some, at += some * ld) {
+        FN(gate_t) gate = FN(gate_again)(k, at);
+        const idx now = least(some, rows - r);
+        if (apart) {
+            FN(pass_alone)(gate, FN(dy_again)(k, at), now * cols);
+            gate.dz = NULL;
+        }
+        FN(slope_columns)(gate, k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, now, ld, cols, g, k->ahead);
+    }
 }
 
 static void FN(gradient_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
