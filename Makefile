@@ -12,9 +12,9 @@ SOURCES := setup.py pyproject.toml fastbn/_kernels/memory.pyx $(wildcard $(KERNE
 demo: .venv/demo
 	$(BIN)/python -m fastbn demo
 
-# In two processes, in half the time: what Numba compiles, once for all tests of it, and the rest.
+# In two processes at once: what Numba compiles, once for all tests of it, and the rest.
 test: .venv/test
-	@$(BIN)/python -m pytest -p no:cacheprovider -k numba >.venv/numba.log 2>&1 & numba=$$!; \
+	@$(BIN)/python -m pytest -p no:cacheprovider -k numba >.venv/numba.log 2>&1 & numba=$$!; trap 'kill $$numba' INT TERM; \
 	$(BIN)/python -m pytest -k 'not numba'; others=$$?; \
 	wait $$numba; numba=$$?; cat .venv/numba.log; exit $$((others | numba))
 

@@ -131,20 +131,25 @@ def reads(case: Case, tensors: int) -> Floor:
     return Floor([lambda: limit(x, other, None, False, case.threads)], (tensors - 1) * case.x.nbytes)
 
 
-def in_turn(case: Case, operation: str, plain: Call, residual: np.ndarray, cut: bool) -> Floor:
+def in_turn(case: Case, operation: str, plain: Call, residual: np.ndarray) -> dict[str, Floor]:
     """The plain operation, and after it the residual's own tensors moved: what fusing them is held against.
 
-    Forward reads the residual. Backward writes the residual's gradient; after an activation (`cut`) it reads y too.
+    Forward reads the residual. Backward writes the residual's gradient; where an activation cut it, it reads y too.
     """
     limit = backends.load("cython").limit
     added, dy = (np.ravel(a, order="K") for a in (residual, case.dy))
     if operation != "backward":
-        return Floor([lambda: (plain(), limit(added, None, None, False, case.threads))], residual.nbytes)
+        calls = [lambda: (plain(), limit(added, None, None, False, case.threads))]
+        return {"residual in turn": Floor(calls, (TENSORS[operation] + 1) * residual.nbytes)}
     gradient = np.empty_like(added)
-    # To write alone costs no less than to write a line of its own again, or past the cache what was just read.
-    ways = [(added, False), (added, True)] if cut else [(gradient, False), (dy, True)]
-    calls = [lambda x=x, past=past: (plain(), limit(x, None, gradient, past, case.threads)) for x, past in ways]
-    return Floor(calls, (1 + cut) * residual.nbytes)
+
+    def copies(*ways: tuple[np.ndarray, bool]) -> list[Call]:
+        return [lambda x=x, past=past: (plain(), limit(x, None, gradient, past, case.threads)) for x, past in ways]
+
+    return {  # nothing here only writes: it writes what is there again, or past the cache what plain has just read
+        "residual in turn": Floor(copies((gradient, False), (dy, True)), 4 * residual.nbytes),
+        "cut residual in turn": Floor(copies((added, False), (added, True)), 5 * residual.nbytes),
+    }
 
 
 def floor(case: Case, tensors: int, threads: int | None = None) -> Floor:

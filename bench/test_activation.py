@@ -26,6 +26,5 @@ def test_activation(case, peers, measure, operation, shape, layout):
     for kinds, added in (("relu", None), ("residual + relu", residual)) if operation != "normalize" else ():
         calls |= {f"{kinds}, {peer}": f for peer, f in peers(UNFUSED, operation, c, added).items()}
     floors = {"floor": floor(c, TENSORS[operation]), "copy": floor(c, 2)}
-    for title, cut in (("residual in turn", False), ("cut residual in turn", True)):
-        floors[title] = in_turn(c, operation, calls["plain"], residual, cut)
+    floors |= in_turn(c, operation, calls["plain"], residual)
     measure("activation", operation, c, calls, floors)

@@ -56,7 +56,7 @@ def normalize_usual(
 def forward_usual(
     x: Any, weight: Any, bias: Any, eps: Any, axis: Any, residual: Any, slope: float, out: Any, threads: int
 ) -> tuple[Array, Array, Array, int, int, int] | None:
-    """The same of a forward pass: (y, mean, var, outer, channels, inner), or None, which is always right."""
+    """The same of a forward pass on x in C order: (y, mean, var, outer, channels, inner); None is always right."""
     return None
 
 

@@ -568,13 +568,12 @@ static FN(sums) FN(gradient_runs)(FN(gate_t) gate, const S *dy, const S *x, bloc
     }
 }
 
-/* What goes to the residual is written beside dx, past the cache if dx is and both lie alike to vectors; if they do not, before it
- * (pass_alone). */
 static inline int FN(lie_alike)(const S *dz, const S *out)
 {
     return ((uintptr_t)dz - (uintptr_t)out) % (WIDTH * sizeof(S)) == 0;
 }
 
+/* What goes to the residual beside dx goes past the cache if dx does and both lie alike to vectors. */
 static inline int FN(streams_beside)(FN(gate_t) gate, int beside, const S *out)
 {
     return beside && gate.streaming && FN(lie_alike)(gate.dz, out);
@@ -1084,7 +1083,8 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
     /* dz goes past the cache by whole lines, or not at all: never a part of one. Read in order, rows are better left in it. */
-    int streams = gate.streaming && !in_order && !(w.ld % UNIT) && !((uintptr_t)(gate.dz + head) % UNIT_BYTES) && (WIDTH == UNIT || !head);
+    int streams = gate.dz && gate.streaming && !in_order && !(w.ld % UNIT) && (WIDTH == UNIT || !head);
+    streams = streams && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift;
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);

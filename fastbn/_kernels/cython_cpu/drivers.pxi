@@ -387,6 +387,21 @@ cdef inline bint fits(np.ndarray x, idx channels, object weight, object bias, ob
         and (like is None or data(out) == data(like) or apart(out, like)))
 
 
+cdef bint found(x, eps, axis, idx *outer, idx *channels, idx *inner):
+    """The layout of an x that is plain and has no gaps; False where that, eps or axis needs a further look."""
+    cdef int at, ndim
+    if not plain(x) or type(axis) is not int or type(eps) is not float:
+        return False
+    ndim = np.PyArray_NDIM(<np.ndarray>x)
+    if not (ndim >= 2 and -ndim <= axis < ndim and 0.0 < eps < INFINITY):
+        return False
+    if np.PyArray_TYPE(<np.ndarray>x) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
+        return False
+    at = axis + ndim if axis < 0 else axis
+    channels[0] = np.PyArray_DIM(<np.ndarray>x, at)
+    return dense(<np.ndarray>x, at, outer, inner)
+
+
 def usual(x, idx channels, weight, bias, like, out, others):
     """Whether the arguments are as most are, so that they need no further look: x plain and without gaps; the others None or as
     `fits` has it, `others` None or in C order; out apart from x and from them."""
@@ -403,21 +418,6 @@ def usual(x, idx channels, weight, bias, like, out, others):
         if out is not None and not apart(out, array):
             return False
     return True
-
-
-cdef bint found(x, eps, axis, idx *outer, idx *channels, idx *inner):
-    """The layout of an x that is plain and has no gaps; False where that, eps or axis needs a further look."""
-    cdef int at, ndim
-    if not plain(x) or type(axis) is not int or type(eps) is not float:
-        return False
-    ndim = np.PyArray_NDIM(<np.ndarray>x)
-    if not (ndim >= 2 and -ndim <= axis < ndim and 0.0 < eps < INFINITY):
-        return False
-    if np.PyArray_TYPE(<np.ndarray>x) not in (np.NPY_FLOAT32, np.NPY_FLOAT64, np.NPY_FLOAT16):
-        return False
-    at = axis + ndim if axis < 0 else axis
-    channels[0] = np.PyArray_DIM(<np.ndarray>x, at)
-    return dense(<np.ndarray>x, at, outer, inner)
 
 
 def usual_statistics(mean, var, idx channels):
@@ -574,6 +574,8 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     k.dz = data_or_null(dresidual)
     if dz_is_cut(&k):  # without an activation nothing is, whatever y says
         k.y = data(y)
+    elif k.dz == k.dy:  # dy is there already
+        k.dz = NULL
     k.at_mean, k.at_var = param(mean, 0), param(var, 1)
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)

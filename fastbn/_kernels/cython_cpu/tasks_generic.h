@@ -350,10 +350,11 @@ static inline FN(gate_t) FN(gate_again)(const call_t *k, idx at)
     return gate;
 }
 
-/* Is what the second step writes better written one after the other? Not where dz overwrites the dy that dx needs. */
-static inline int FN(one_after_the_other)(const call_t *k, FN(gate_t) gate, idx at)
+/* Does the second step write dz before dx? Where both go past the cache and lie unlike to vectors; but not where dz overwrites the dy
+ * that dx needs. */
+static inline int FN(dz_before_dx)(const call_t *k)
 {
-    return gate.dz && k->streaming && k->dz != k->dy && !FN(lie_alike)(gate.dz, (S *)k->out + at);
+    return k->dz && !FN(dz_first)(k) && k->streaming && k->dz != k->dy && !FN(lie_alike)(k->dz, k->out);
 }
 
 static inline const S *FN(dy_again)(const call_t *k, idx at) { return (const S *)(FN(dz_first)(k) ? k->dz : k->dy) + at; }
@@ -541,10 +542,15 @@ static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes
         FN(slope_wide)(k, channel, at, inner);
         return;
     }
+    const int dz_before = FN(dz_before_dx)(k);
+    if (dz_before && inner > BLOCK) { /* dx finds in cache what dz was made of */
+        for (idx i = 0; i < inner; i += BLOCK) FN(slope_planes_at)(k, channel, at + i, 1, least(BLOCK, inner - i));
+        return;
+    }
     FN(ask_for_ragged_end)(k, at, planes * inner);
     FN(gate_t) gate = FN(gate_again)(k, at);
-    if (FN(one_after_the_other)(k, gate, at)) {
-        FN(pass_alone)(gate, FN(dy_again)(k, at), planes * inner);
+    if (dz_before) {
+        FN(pass_alone)(gate, (const S *)k->dy + at, planes * inner);
         gate.dz = NULL;
     }
     FN(slope_planes)(gate, k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, planes,
@@ -553,13 +559,13 @@ static void FN(slope_planes_at)(const call_t *k, idx channel, idx at, idx planes
 
 static void FN(slope_stretch)(const call_t *k, idx at, idx rows, idx ld, idx cols, FN(slopes) g)
 {
-    const int apart = FN(one_after_the_other)(k, FN(gate_again)(k, at), at);
-    const idx some = !apart ? rows : cols == ld && cols < BLOCK ? BLOCK / cols : 1; /* rows that are one run, and stay in cache */
+    const int dz_before = FN(dz_before_dx)(k);
+    const idx some = !dz_before ? rows : cols == ld ? BLOCK / cols : 1; /* rows that are one run, and stay in cache */
     for (idx r = 0; r < rows; r += some, at += some * ld) {
         FN(gate_t) gate = FN(gate_again)(k, at);
         const idx now = least(some, rows - r);
-        if (apart) {
-            FN(pass_alone)(gate, FN(dy_again)(k, at), now * cols);
+        if (dz_before) {
+            FN(pass_alone)(gate, (const S *)k->dy + at, now * cols);
             gate.dz = NULL;
         }
         FN(slope_columns)(gate, k->batch, FN(dy_again)(k, at), (const S *)k->x + at, (S *)k->out + at, now, ld, cols, g, k->ahead);
