@@ -1,6 +1,7 @@
 """Runs in an environment that has the package and NumPy alone: it imports, it computes, it drags nothing in.
 
-python try_wheel.py [COMPILER]: built with that compiler, "false" for none, "cc-no-openmp" for one that knows no OpenMP.
+python try_wheel.py [COMPILER]: built with that compiler; "false" for none, "cc-old" for one that knows neither OpenMP
+nor wide vectors.
 """
 
 import sys
@@ -34,4 +35,5 @@ found = config()
 assert found["backend"] == ("reference" if compiler == "false" else "cython"), found
 assert found["threads"] == 1 or compiler == "cc", found
 assert "libgomp" not in found["openmp"] or compiler == "cc", found
+assert compiler != "cc-old" or found["instruction set"] in ("x86-64", "baseline"), found
 print(f"works (compiler: {compiler})")
