@@ -167,12 +167,12 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 /* Where a call's tensors are found: in cache, in part, or in memory. */
 typedef enum { CACHED, NEAR, FAR } place_t;
 
-/* What a sum over rows asks for: nothing, the four rows that come next, or later ones, line by line or row by row. */
-typedef enum { SILENT, NEXT_GROUP, IN_LINES, IN_ROWS } asks_t;
+/* What a sum over rows asks for: nothing, what lies further on, line by line, or the four rows that come next, row by row. */
+typedef enum { SILENT, IN_LINES, IN_ROWS } asks_t;
 
-/* How far ahead of where it works a sum over rows asks for memory, in bytes. */
-#define LEAD_NEAR 32768
-#define LEAD_FAR 8192
+/* How far ahead of where it works a sum over rows asks for lines, in bytes; half of it in cache, and where three tensors are read:
+ * L1 must hold all that is asked for. */
+#define LEAD 8192
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */
 typedef struct { idx channels, inner, ld; place_t place; } tile_t;

@@ -789,34 +789,29 @@ static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
     return some;
 }
 
-/* Rows are read in fours, but memory likes to be read in order: while one group is summed, a later one is asked for. Line after line
- * where the tile is the whole row, else row by row; out of memory into the second-level cache. In cache only rows of some length gain
- * by it: the group that comes next, into L1. */
+/* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
+ * after line where the tile is the whole row, else the next group's lines. Into L1: what waits in L2 is fetched once more, with as
+ * few requests at once as the four rows make. In cache only rows of some length gain by it. */
 static inline asks_t FN(asks_of)(tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S);
     if (t.channels * t.inner != t.ld) return t.place == CACHED ? SILENT : IN_ROWS;
-    return t.place != CACHED ? IN_LINES : row >= 512 && row <= 1024 ? NEXT_GROUP : SILENT;
+    return t.place != CACHED || (row >= 512 && row <= 1024) ? IN_LINES : SILENT;
 }
 
-/* How far ahead: the next group, or, line after line, as far as memory needs. */
-static inline idx FN(rows_ahead)(asks_t asks, tile_t t)
+/* How far ahead, in elements, where so many tensors are read at once. */
+static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 {
-    idx row = t.ld * (idx)sizeof(S), lead = t.place == FAR || row < 1024 ? LEAD_FAR : LEAD_NEAR;
-    if (asks != IN_LINES) return 4;
-    return 4 * ((lead + 4 * row - 1) / (4 * row) + (row >= 1024));
+    return asks == IN_LINES ? (t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD) / (idx)sizeof(S) : 4 * t.ld;
 }
 
-/* Asks for the share of columns from k on in a later group. (always_inline: gcc drops calls of a function that does nothing but
- * prefetch.) */
+/* Asks for a later group's share of columns from k on. (always_inline: gcc drops calls of a function that does nothing but prefetch.) */
 INLINE void FN(ask)(asks_t asks, const S *later, idx k, idx head, idx ld)
 {
-    if (asks == NEXT_GROUP)
+    if (asks == IN_LINES)
         for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 3);
-    else if (asks == IN_LINES)
-        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 2);
     else if (asks == IN_ROWS)
-        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld + k, 0, 2);
+        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld + k, 0, 3);
 }
 
 /* And for what columns before `head` leave out of whole rows: it would be waited for. */
@@ -824,39 +819,19 @@ INLINE void FN(ask_rest)(asks_t asks, const S *later, idx head, idx ld)
 {
     const S *end = later + 4 * ld;
     if (asks != IN_LINES || !head) return;
-    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 2);
+    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 3);
 }
 
-/* Out of memory, rows that lie one behind the other are best read one by one, as the hardware foresees it: faster than four
- * that are asked for, though what is added as a tree must be put down in between (TURN). Not short rows, four of which are
- * no more than it foresees, nor so long ones that four of them with their sums fill L1. */
-static inline int FN(one_by_one)(tile_t t, idx longest)
-{
-    idx row = t.ld * (idx)sizeof(S);
-    return t.place == FAR && t.channels * t.inner == t.ld && row >= 256 && row <= longest;
-}
-
-/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where rows are short, or all lie
- * differently. Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read. */
-static inline idx FN(unaligned_columns)(const S *x, tile_t t)
+/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where nothing is gained by it, or rows lie
+ * differently. What is written past the cache must go by whole lines. Rows apart by pages meet in one set of L1, where half
+ * lines would not last until the other half is read; and in cache long rows gain. Elsewhere the ends of rows cost more than
+ * vectors that straddle lines. */
+static inline idx FN(unaligned_columns)(const S *x, tile_t t, int past)
 {
     idx cols = t.channels * t.inner, head = FN(misaligned)(x, cols, sizeof(S) * WIDTH);
-    return cols >= 256 && t.ld % WIDTH == 0 && head < cols ? head : 0;
+    const int gains = past || (cols >= 512 && (t.place == CACHED || cols != t.ld));
+    return gains && t.ld % WIDTH == 0 && head < cols ? head : 0;
 }
-
-/* Row `turn` of four: d joins the tree whose halves are `left` and `right`, the last one with it the sum. */
-#define TURN(W, sum, left, right, d)                                                                                   \
-    if (turn == 0) FN(put##W)(left + k, d);                                                                            \
-    else if (turn == 1) FN(put##W)(left + k, GET(W)(left + k) + d);                                                    \
-    else if (turn == 2) FN(put##W)(right + k, d);                                                                      \
-    else FN(put##W)(sum + k, GET(W)(sum + k) + (GET(W)(left + k) + (GET(W)(right + k) + d)));
-#define FOUR_TURNS(COLUMN, VECTORS)                                                                                    \
-    {                                                                                                                  \
-        { const int turn = 0; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
-        { const int turn = 1; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
-        { const int turn = 2; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
-        { const int turn = 3; SWEEP_COLUMNS(COLUMN, VECTORS) r++; }                                                    \
-    }
 
 /* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
 static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
@@ -876,8 +851,7 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
     for (; k + WIDTH <= cols; k += WIDTH) { COLUMN(, VEC) }
 /* A loop for each way of asking: what decides would cost more within. */
 #define ASKING(COLUMN)                                                                                                 \
-    if (asks == NEXT_GROUP) ASKING_FOR(NEXT_GROUP, COLUMN)                                                             \
-    else if (asks == IN_LINES) ASKING_FOR(IN_LINES, COLUMN)                                                            \
+    if (asks == IN_LINES) ASKING_FOR(IN_LINES, COLUMN)                                                                 \
     else if (asks == IN_ROWS) ASKING_FOR(IN_ROWS, COLUMN)                                                              \
     else SILENTLY(COLUMN)
 #define ASKING_FOR(what, COLUMN)                                                                                       \
@@ -885,27 +859,6 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
         ASK(what)                                                                                                      \
         COLUMN(, VEC)                                                                                                  \
     }
-
-/* The sums s and q of groups of four rows, row by row; the row that comes next. */
-static __attribute__((noinline)) idx FN(moments_in_order)(const S *x, idx all, tile_t w, const T *pivot, T *s, T *q)
-{
-    T room[4][APART] LINED;
-    T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
-    idx r = 0, head = 0, cols = w.channels * w.inner;
-#define ASK(what) FN(ask_ahead)(x + r * w.ld, k, LEAD_FAR / (idx)sizeof(S));
-#define IN_ORDER(COLUMN) ASKING_FOR(, COLUMN)
-#define COLUMN(W, V)                                                                                                   \
-    {                                                                                                                  \
-        V d = FN(less##W)(LOAD(W)(x + r * w.ld + k), GET(W)(pivot + k));                                               \
-        TURN(W, s, left_s, right_s, d)                                                                                 \
-        TURN(W, q, left_q, right_q, d * d)                                                                             \
-    }
-    while (r + 4 <= all) FOUR_TURNS(COLUMN, IN_ORDER)
-#undef COLUMN
-#undef IN_ORDER
-#undef ASK
-    return r;
-}
 
 /* IN sums about pivots (from `first` values each), INOUT mean (the pivots before), OUT m2: a value a channel. Whether any of them
  * does not stand. */
@@ -930,8 +883,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
-    const int in_order = FN(one_by_one)(w, 2048);
-    idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
+    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w, 0), r = 0;
     const idx shift = FN(to_line)(head);
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     const double count = (double)(rows * t.inner);
@@ -941,12 +893,11 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const asks_t asks = FN(asks_of)(w);
-    const idx ahead = FN(rows_ahead)(asks, w) * w.ld;
-    if (in_order) r = FN(moments_in_order)(x, all, w, pivot, s, q);
+    const idx lead = FN(lead_of)(asks, w, 1);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
-        FN(ask_rest)(asks, row + ahead, head, w.ld);
-#define ASK(what) FN(ask)(what, row + ahead, k, head, w.ld);
+        FN(ask_rest)(asks, row + lead, head, w.ld);
+#define ASK(what) FN(ask)(what, row + lead, k, head, w.ld);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
@@ -1048,24 +999,6 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
         e[j] = g[j] * d;                                                                                               \
     }
 
-/* The sums s and q of groups of four rows, row by row; the row that comes next. */
-INLINE idx FN(gradient_in_order)(FN(gate_t) gate, const S *dy, const S *x, idx all, tile_t w, FN(coefs) v, T *s, T *q)
-{
-    T room[4][APART] LINED;
-    T *left_s = room[0], *right_s = room[1], *left_q = room[2], *right_q = room[3];
-    idx r = 0, head = 0, cols = w.channels * w.inner;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, streams = 0;
-#define COLUMN(W, V)                                                                                                   \
-    {                                                                                                                  \
-        ROWS(W, 1, V)                                                                                                  \
-        TURN(W, s, left_s, right_s, g[0])                                                                              \
-        TURN(W, q, left_q, right_q, e[0])                                                                              \
-    }
-    while (r + 4 <= all) FOUR_TURNS(COLUMN, SILENTLY)
-#undef COLUMN
-    return r;
-}
-
 static int64_t FN(any_not_finite)(idx n, const double *sum)
 {
     int64_t any = 0;
@@ -1079,11 +1012,10 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     T room[2][APART] LINED, shifted[3][APART] LINED;
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
-    const int in_order = FN(one_by_one)(w, 1024);
-    idx cols = w.channels * w.inner, head = in_order ? 0 : FN(unaligned_columns)(x, w), r = 0;
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY;
-    /* dz goes past the cache by whole lines, or not at all: never a part of one. Read in order, rows are better left in it. */
-    int streams = gate.dz && gate.streaming && !in_order && !(w.ld % UNIT) && (WIDTH == UNIT || !head);
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, past = gate.dz && gate.streaming;
+    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w, past), r = 0;
+    /* dz goes past the cache by whole lines, or not at all: never a part of one. */
+    int streams = past && !(w.ld % UNIT) && (WIDTH == UNIT || !head);
     streams = streams && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift;
@@ -1091,22 +1023,21 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const asks_t asks = FN(asks_of)(w);
-    const idx ahead = FN(rows_ahead)(asks, w) * w.ld;
+    const idx lead = FN(lead_of)(asks, w, gate.kind == GATED ? 3 : 2);
 #define ASK(what)                                                                                                      \
-    FN(ask)(what, x + r * w.ld + ahead, k, head, w.ld);                                                                \
-    FN(ask)(what, dy + r * w.ld + ahead, k, head, w.ld);                                                               \
-    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld + ahead, k, head, w.ld);
+    FN(ask)(what, x + r * w.ld + lead, k, head, w.ld);                                                                 \
+    FN(ask)(what, dy + r * w.ld + lead, k, head, w.ld);                                                                \
+    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld + lead, k, head, w.ld);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 4, V)                                                                                                  \
         FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    if (in_order) r = FN(gradient_in_order)(gate, dy, x, all, w, v, s, q);
     for (; r + 4 <= all; r += 4) {
-        FN(ask_rest)(asks, x + r * w.ld + ahead, head, w.ld);
-        FN(ask_rest)(asks, dy + r * w.ld + ahead, head, w.ld);
-        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld + ahead, head, w.ld);
+        FN(ask_rest)(asks, x + r * w.ld + lead, head, w.ld);
+        FN(ask_rest)(asks, dy + r * w.ld + lead, head, w.ld);
+        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld + lead, head, w.ld);
         SWEEP_COLUMNS(COLUMN, ASKING)
     }
 #undef COLUMN
@@ -1249,8 +1180,6 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef MASK
 #undef MASK16
 #undef TREE
-#undef TURN
-#undef FOUR_TURNS
 #undef VEC
 #undef WIDTH
 #undef UNIT
