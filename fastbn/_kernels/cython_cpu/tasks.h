@@ -43,7 +43,8 @@ typedef struct {
     idx ahead; /* elements: how far from where it works a second step asks for data */
     runs_t runs;
     idx tile, tiles;   /* channels a tile */
-    idx chunk, chunks; /* rows (or, with runs, blocks) a part */
+    idx chunk, chunks; /* rows (or, with runs, blocks) a part of a sum */
+    idx piece;         /* rows a part of a step that goes over the elements once */
     /* scratch */
     void *coefs;                 /* 5 vectors, coefs_apart(channels) elements apart */
     double *part_mean, *part_second; /* chunks × channels */
@@ -109,8 +110,9 @@ static void read_caches(void)
 #define SOME 64
 
 /* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
- * their coefficients in L1. Whole rows where a row is short, tiles of rows else; pieces of planes. */
-#define PIECE 65536    /* elements */
+ * their coefficients in L1. Whole rows where a row is short, PIECE elements of them; tiles of rows else, as long as every thread
+ * has one, for their coefficients are fetched anew for each; pieces of planes. */
+#define PIECE 65536
 #define SHORT_ROW 1024
 
 static inline int whole_rows(const call_t *k) { return k->inner == 1 && k->channels <= SHORT_ROW; }
@@ -135,7 +137,7 @@ static void plan_runs(call_t *k, int threads)
 }
 
 /* Tiles and parts of columns; `bytes` of memory an element of the tile takes. */
-static void plan_columns(call_t *k, idx bytes)
+static void plan_columns(call_t *k, int threads, idx bytes)
 {
     idx columns = k->channels * k->inner, rows = (k->outer + 63) / 64; /* at most 64 chunks, each of whole blocks */
     k->chunk = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
@@ -157,6 +159,9 @@ static void plan_columns(call_t *k, idx bytes)
     idx alike = k->inner % 16 == 0 ? 1 : k->inner % 8 == 0 ? 2 : k->inner % 4 == 0 ? 4 : k->inner % 2 == 0 ? 8 : 16;
     if (k->tile > alike) k->tile -= k->tile % alike;
     k->tiles = (k->channels + k->tile - 1) / k->tile;
+    if (k->inner > 1) k->piece = k->chunk;
+    else if (whole_rows(k)) k->piece = PIECE / k->channels;
+    else k->piece = least(BLOCK_ROWS, (k->outer * k->tiles + threads - 1) / threads);
 }
 
 /* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
@@ -166,7 +171,7 @@ static void plan(call_t *k, int threads, int reads, int passes)
     idx size = k->type == F64 ? 8 : k->type == F32 ? 4 : 2, tensor = k->outer * k->channels * k->inner * size;
     k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SHORTEST_PLANE) && k->outer >= 8);
     k->place = tensor <= last_level_cache / 4 ? CACHED : tensor * reads <= last_level_cache ? NEAR : FAR;
-    if (k->columns) plan_columns(k, reads * size);
+    if (k->columns) plan_columns(k, threads, reads * size);
     else plan_runs(k, threads);
     /* What is asked for ahead: the next tile; or, where tiles are parts of rows, two rows on. */
     if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
@@ -194,11 +199,6 @@ static inline tile_t tile_of(const call_t *k, idx i, idx *first)
     *first = i * k->tile;
     tile_t t = {least(k->tile, k->channels - *first), k->inner, k->channels * k->inner, k->place};
     return t;
-}
-
-static inline idx rows_a_part(const call_t *k)
-{
-    return k->inner > 1 ? k->chunk : PIECE / least(k->channels, PIECE);
 }
 
 /* Planes that are no more than a block are gone over several in order, whichever way the parts are walked. */
@@ -234,7 +234,7 @@ static inline grid_t sum_parts(const call_t *k)
 static inline grid_t apply_parts(const call_t *k)
 {
     idx planes = planes_a_part(k);
-    grid_t g = {k->outer, rows_a_part(k), whole_rows(k) ? 1 : k->tiles};
+    grid_t g = {k->outer, k->piece, whole_rows(k) ? 1 : k->tiles};
     return k->columns ? g : each((k->outer * k->channels + planes - 1) / planes * k->runs.pieces);
 }
 
@@ -242,9 +242,8 @@ static inline grid_t apply_parts(const call_t *k)
 static inline tile_t part_of(const call_t *k, idx i, idx *row, idx *rows, idx *first)
 {
     idx tiles = whole_rows(k) ? 1 : k->tiles;
-    *rows = rows_a_part(k);
-    *row = i / tiles * *rows;
-    *rows = least(*rows, k->outer - *row);
+    *row = i / tiles * k->piece;
+    *rows = least(k->piece, k->outer - *row);
     if (tiles > 1) return tile_of(k, i % tiles, first);
     *first = 0;
     tile_t all = {k->channels, k->inner, k->channels * k->inner, k->place};
