@@ -167,11 +167,11 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 /* Where a call's tensors are found: in cache, in part, or in memory. */
 typedef enum { CACHED, NEAR, FAR } place_t;
 
-/* What a sum over rows asks for: nothing, what lies further on, line by line, or the four rows that come next, row by row. */
+/* What a sum over rows asks for: nothing, what lies further on line by line, or what lies further on in each of four rows. */
 typedef enum { SILENT, IN_LINES, IN_ROWS } asks_t;
 
-/* How far ahead of where it works a sum over rows asks for lines, in bytes; half of it in cache, and where three tensors are read:
- * L1 must hold all that is asked for. */
+/* How far ahead of where it works a sum over rows asks for lines, in bytes of all four rows; less in cache, and where two or three
+ * tensors are read: L1 must hold all that is asked for. */
 #define LEAD 8192
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */

@@ -790,34 +790,39 @@ static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
 }
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
- * after line where the tile is the whole row, else the next group's lines. Into L1: what waits in L2 is fetched once more, with as
- * few requests at once as the four rows make. In cache only rows of some length gain by it. */
+ * after line where the tile is the whole row and four of them are no large part of L1, else in each of the four rows. Into L1: what
+ * waits in L2 is fetched once more, with as few requests at once as the four rows make. In cache only rows of some length gain by it. */
 static inline asks_t FN(asks_of)(tile_t t)
 {
     idx row = t.ld * (idx)sizeof(S);
-    if (t.channels * t.inner != t.ld) return t.place == CACHED ? SILENT : IN_ROWS;
-    return t.place != CACHED || (row >= 512 && row <= 1024) ? IN_LINES : SILENT;
+    int whole = t.channels * t.inner == t.ld;
+    if (t.place == CACHED) return whole && row >= 512 && row <= 1024 ? IN_LINES : SILENT;
+    return whole && row < 4096 ? IN_LINES : IN_ROWS;
 }
 
 /* How far ahead, in elements, where so many tensors are read at once. */
 static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 {
-    return asks == IN_LINES ? (t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD) / (idx)sizeof(S) : 4 * t.ld;
+    if (asks == IN_LINES) return (t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD) / (idx)sizeof(S);
+    return least(LEAD / 4 / tensors / (idx)sizeof(S), t.channels * t.inner);
 }
 
-/* Asks for a later group's share of columns from k on. (always_inline: gcc drops calls of a function that does nothing but prefetch.) */
-INLINE void FN(ask)(asks_t asks, const S *later, idx k, idx head, idx ld)
+/* While columns from k on are summed in four rows. Where a row ends, the next group's comes. (always_inline: gcc drops calls of a
+ * function that does nothing but prefetch.) */
+INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld, idx lead)
 {
     if (asks == IN_LINES)
-        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(later + 4 * (k - head) + l, 0, 3);
-    else if (asks == IN_ROWS)
-        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld + k, 0, 3);
+        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(row + lead + 4 * (k - head) + l, 0, 3);
+    else if (asks == IN_ROWS) {
+        const S *later = row + k + lead + (k + lead < cols ? 0 : 4 * ld - cols);
+        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld, 0, 3);
+    }
 }
 
 /* And for what columns before `head` leave out of whole rows: it would be waited for. */
-INLINE void FN(ask_rest)(asks_t asks, const S *later, idx head, idx ld)
+INLINE void FN(ask_rest)(asks_t asks, const S *row, idx head, idx ld, idx lead)
 {
-    const S *end = later + 4 * ld;
+    const S *end = row + lead + 4 * ld;
     if (asks != IN_LINES || !head) return;
     for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 3);
 }
@@ -896,8 +901,8 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     const idx lead = FN(lead_of)(asks, w, 1);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
-        FN(ask_rest)(asks, row + lead, head, w.ld);
-#define ASK(what) FN(ask)(what, row + lead, k, head, w.ld);
+        FN(ask_rest)(asks, row, head, w.ld, lead);
+#define ASK(what) FN(ask)(what, row, k, head, cols, w.ld, lead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
@@ -1025,9 +1030,9 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     const asks_t asks = FN(asks_of)(w);
     const idx lead = FN(lead_of)(asks, w, gate.kind == GATED ? 3 : 2);
 #define ASK(what)                                                                                                      \
-    FN(ask)(what, x + r * w.ld + lead, k, head, w.ld);                                                                 \
-    FN(ask)(what, dy + r * w.ld + lead, k, head, w.ld);                                                                \
-    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld + lead, k, head, w.ld);
+    FN(ask)(what, x + r * w.ld, k, head, cols, w.ld, lead);                                                            \
+    FN(ask)(what, dy + r * w.ld, k, head, cols, w.ld, lead);                                                           \
+    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld, k, head, cols, w.ld, lead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 4, V)                                                                                                  \
@@ -1035,9 +1040,9 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
     for (; r + 4 <= all; r += 4) {
-        FN(ask_rest)(asks, x + r * w.ld + lead, head, w.ld);
-        FN(ask_rest)(asks, dy + r * w.ld + lead, head, w.ld);
-        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld + lead, head, w.ld);
+        FN(ask_rest)(asks, x + r * w.ld, head, w.ld, lead);
+        FN(ask_rest)(asks, dy + r * w.ld, head, w.ld, lead);
+        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld, head, w.ld, lead);
         SWEEP_COLUMNS(COLUMN, ASKING)
     }
 #undef COLUMN
