@@ -170,8 +170,7 @@ typedef enum { CACHED, NEAR, FAR } place_t;
 /* What a sum over rows asks for: nothing, what lies further on line by line, or what lies further on in each of four rows. */
 typedef enum { SILENT, IN_LINES, IN_ROWS } asks_t;
 
-/* How far ahead of where it works a sum over rows asks for lines, in bytes of all four rows; less in cache, and where two or three
- * tensors are read: L1 must hold all that is asked for. */
+/* How far ahead of a group of four rows a sum asks for what it reads, in bytes of all four; less where L1 would not hold it. */
 #define LEAD 8192
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */

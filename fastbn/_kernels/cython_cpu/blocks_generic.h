@@ -789,21 +789,24 @@ static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
     return some;
 }
 
+/* How far ahead of a group a sum asks for lines of a tensor, in bytes: L1 must hold it for all of them. */
+static inline idx FN(lead_in_lines)(tile_t t, int tensors) { return t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD; }
+
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
- * after line where the tile is the whole row and four of them are no large part of L1, else in each of the four rows. Into L1: what
- * waits in L2 is fetched once more, with as few requests at once as the four rows make. In cache only rows of some length gain by it. */
-static inline asks_t FN(asks_of)(tile_t t)
+ * after line where the tile is the whole row and what is asked for comes before the fourth row's turn, else in each of the four
+ * rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. */
+static inline asks_t FN(asks_of)(tile_t t, int tensors)
 {
     idx row = t.ld * (idx)sizeof(S);
     int whole = t.channels * t.inner == t.ld;
     if (t.place == CACHED) return whole && row >= 512 && row <= 1024 ? IN_LINES : SILENT;
-    return whole && row < 4096 ? IN_LINES : IN_ROWS;
+    return whole && row < FN(lead_in_lines)(t, tensors) / 2 ? IN_LINES : IN_ROWS;
 }
 
-/* How far ahead, in elements, where so many tensors are read at once. */
+/* How far ahead, in elements: of the group, or of column k in each row. */
 static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 {
-    if (asks == IN_LINES) return (t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD) / (idx)sizeof(S);
+    if (asks == IN_LINES) return FN(lead_in_lines)(t, tensors) / (idx)sizeof(S);
     return least(LEAD / 4 / tensors / (idx)sizeof(S), t.channels * t.inner);
 }
 
@@ -819,7 +822,7 @@ INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld
     }
 }
 
-/* And for what columns before `head` leave out of whole rows: it would be waited for. */
+/* And, line after line, for what columns before `head` leave out of a group: it would be waited for. */
 INLINE void FN(ask_rest)(asks_t asks, const S *row, idx head, idx ld, idx lead)
 {
     const S *end = row + lead + 4 * ld;
@@ -827,15 +830,21 @@ INLINE void FN(ask_rest)(asks_t asks, const S *row, idx head, idx ld, idx lead)
     for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 3);
 }
 
-/* Columns before the one from which on a vector of x is a cache line, in every row; 0 where nothing is gained by it, or rows lie
- * differently. What is written past the cache must go by whole lines. Rows apart by pages meet in one set of L1, where half
- * lines would not last until the other half is read; and in cache long rows gain. Elsewhere the ends of rows cost more than
- * vectors that straddle lines. */
-static inline idx FN(unaligned_columns)(const S *x, tile_t t, int past)
+/* Columns before the one from which on x is aligned to vectors, in every row; 0 where nothing is gained by it, or rows do not all
+ * lie alike. Rows apart by pages meet in one set of L1, where half lines would not last until the other half is read; and in
+ * cache long rows gain. Elsewhere the ends of rows cost more than vectors that straddle lines. */
+static inline idx FN(unaligned_columns)(const S *x, tile_t t)
 {
     idx cols = t.channels * t.inner, head = FN(misaligned)(x, cols, sizeof(S) * WIDTH);
-    const int gains = past || (cols >= 512 && (t.place == CACHED || cols != t.ld));
+    const int gains = cols >= 512 && (t.place == CACHED || cols != t.ld);
     return gains && t.ld % WIDTH == 0 && head < cols ? head : 0;
+}
+
+/* The same for what is written past the cache: that goes by whole lines, or not at all. */
+static inline idx FN(columns_to_line)(const S *out, tile_t t)
+{
+    idx cols = t.channels * t.inner, head = FN(misaligned)(out, cols, UNIT_BYTES);
+    return WIDTH == UNIT && head < cols ? head : 0;
 }
 
 /* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
@@ -888,7 +897,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
-    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w, 0), r = 0;
+    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w), r = 0;
     const idx shift = FN(to_line)(head);
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     const double count = (double)(rows * t.inner);
@@ -897,11 +906,10 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    const asks_t asks = FN(asks_of)(w);
+    const asks_t asks = FN(asks_of)(w, 1);
     const idx lead = FN(lead_of)(asks, w, 1);
     for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
         const S *row = x + r * w.ld;
-        FN(ask_rest)(asks, row, head, w.ld, lead);
 #define ASK(what) FN(ask)(what, row, k, head, cols, w.ld, lead);
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
@@ -1017,18 +1025,17 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     T room[2][APART] LINED, shifted[3][APART] LINED;
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, past = gate.dz && gate.streaming;
-    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w, past), r = 0;
-    /* dz goes past the cache by whole lines, or not at all: never a part of one. */
-    int streams = past && !(w.ld % UNIT) && (WIDTH == UNIT || !head);
-    streams = streams && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
+    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, past = gate.dz && gate.streaming && w.ld % UNIT == 0;
+    idx cols = w.channels * w.inner, head = past ? FN(columns_to_line)(gate.dz, w) : FN(unaligned_columns)(x, w), r = 0;
+    int streams = past && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift;
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    const asks_t asks = FN(asks_of)(w);
-    const idx lead = FN(lead_of)(asks, w, gate.kind == GATED ? 3 : 2);
+    const int tensors = gate.kind == GATED ? 3 : 2;
+    const asks_t asks = FN(asks_of)(w, tensors);
+    const idx lead = FN(lead_of)(asks, w, tensors);
 #define ASK(what)                                                                                                      \
     FN(ask)(what, x + r * w.ld, k, head, cols, w.ld, lead);                                                            \
     FN(ask)(what, dy + r * w.ld, k, head, cols, w.ld, lead);                                                           \

@@ -44,7 +44,7 @@ typedef struct {
     runs_t runs;
     idx tile, tiles;   /* channels a tile */
     idx chunk, chunks; /* rows (or, with runs, blocks) a part of a sum */
-    idx piece;         /* rows a part of a step that goes over the elements once */
+    idx piece;         /* of columns: rows a part of a step that goes over the elements once */
     /* scratch */
     void *coefs;                 /* 5 vectors, coefs_apart(channels) elements apart */
     double *part_mean, *part_second; /* chunks × channels */
@@ -110,8 +110,8 @@ static void read_caches(void)
 #define SOME 64
 
 /* The parts of a step that goes over the elements once: as much as memory likes to see in a row, of no more channels than keep
- * their coefficients in L1. Whole rows where a row is short, PIECE elements of them; tiles of rows else, as long as every thread
- * has one, for their coefficients are fetched anew for each; pieces of planes. */
+ * their coefficients in L1. Whole rows where a row is short, PIECE elements of them; tiles of rows else, of BLOCK_ROWS rows or fewer,
+ * as many for each thread (their coefficients are fetched anew for each); pieces of planes. */
 #define PIECE 65536
 #define SHORT_ROW 1024
 
@@ -161,7 +161,10 @@ static void plan_columns(call_t *k, int threads, idx bytes)
     k->tiles = (k->channels + k->tile - 1) / k->tile;
     if (k->inner > 1) k->piece = k->chunk;
     else if (whole_rows(k)) k->piece = PIECE / k->channels;
-    else k->piece = least(BLOCK_ROWS, (k->outer * k->tiles + threads - 1) / threads);
+    else {
+        idx all = k->outer * k->tiles, parts = threads * ((all + BLOCK_ROWS * threads - 1) / (BLOCK_ROWS * threads));
+        k->piece = (all + parts - 1) / parts;
+    }
 }
 
 /* Chooses tiles and parts. `reads`: tensors read, in `passes` passes; only the work's
