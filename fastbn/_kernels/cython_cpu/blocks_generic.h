@@ -122,7 +122,7 @@ INLINE VEC FN(gate)(kind_t kind, VEC g, VEC z, T slope)
 {
     if (kind == PLAIN) return g;
     const BITS keep = kind != LEAKY && slope == 0 ? 0 : -1;
-    if (kind != RELU) HOLD(g);
+    HOLD(g); /* loaded by a mask, it would wait for z */
     VEC less = kind == RELU ? (VEC){0} : (VEC)((MASK)(g * slope) & keep);
     return (VEC)CHOOSE(ABOVE(z), g, less);
 }
