@@ -793,8 +793,8 @@ static idx FN(pivots)(const S *x, idx rows, tile_t t, T *pivot)
 static inline idx FN(lead_in_lines)(tile_t t, int tensors) { return t.place == CACHED || tensors > 2 ? LEAD / 2 : LEAD; }
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
- * after line where the tile is the whole row and what is asked for comes before the fourth row's turn, else in each of the four
- * rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. */
+ * after line where the tile is the whole row and rows are short against that lead (the fourth would be summed first), else in each of
+ * the four rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. */
 static inline asks_t FN(asks_of)(tile_t t, int tensors)
 {
     idx row = t.ld * (idx)sizeof(S);
