@@ -428,15 +428,15 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
 #define NOTHING(...)
 
 /* Asks for what lies `ahead` elements on (0: the hardware foresees it), once a line: what a step needs soon, or, where a tile's
- * data is in cache and the step only writes to memory, the next tile. */
+ * data is in cache and the step only writes to memory, the next tile. Into L1: from there it sinks to L2, if it was not needed soon. */
 INLINE void FN(ask_ahead)(const S *p, idx i, idx ahead)
 {
-    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i, 0, 2);
+    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i);
 }
 
 INLINE void FN(ask_to_write)(const S *p, idx i, idx ahead)
 {
-    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i, 1, 2);
+    if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i, 1);
 }
 
 /* z of W elements, and what becomes of it. */
@@ -511,9 +511,9 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
     }
 #define FETCH(n)                                                                                                       \
     for (idx l = 0; next && l < (n); l += LINE) {                                                                      \
-        __builtin_prefetch(x + (r + 1) * next + i + l, 0, 2);                                                          \
-        __builtin_prefetch(dy + (r + 1) * next + i + l, 0, 2);                                                         \
-        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l, 0, 2);                             \
+        __builtin_prefetch(x + (r + 1) * next + i + l);                                                          \
+        __builtin_prefetch(dy + (r + 1) * next + i + l);                                                         \
+        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);                             \
     }
     for (idx r = 0; r < b.runs; r++) {
         idx i = 0;
@@ -815,10 +815,10 @@ static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld, idx lead)
 {
     if (asks == IN_LINES)
-        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(row + lead + 4 * (k - head) + l, 0, 3);
+        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(row + lead + 4 * (k - head) + l);
     else if (asks == IN_ROWS) {
         const S *later = row + k + lead + (k + lead < cols ? 0 : 4 * ld - cols);
-        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld, 0, 3);
+        UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld);
     }
 }
 
@@ -827,7 +827,7 @@ INLINE void FN(ask_rest)(asks_t asks, const S *row, idx head, idx ld, idx lead)
 {
     const S *end = row + lead + 4 * ld;
     if (asks != IN_LINES || !head) return;
-    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l, 0, 3);
+    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l);
 }
 
 /* Columns before the one from which on x is aligned to vectors, in every row; 0 where nothing is gained by it, or rows do not all
@@ -958,7 +958,7 @@ static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 #define EACH_ROW(SHIFT)                                                                                                \
     const int whole = !(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH);                 \
     for (idx r = 0; r < all; r++) {                                                                                    \
-        if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1, 2);                              \
+        if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                              \
         if (whole && streaming) WHOLE_ROW(FN(stream))                                                                  \
         else if (whole) WHOLE_ROW(FN(store))                                                                           \
         else if (streaming) SWEEP_STREAM                                                                               \

@@ -1,8 +1,9 @@
 # The parallel drivers: they walk tasks over threads, and hold no arithmetic on elements. One module per instruction set
 # includes this file (baseline.pyx, x86_64_v3.pyx, x86_64_v4.pyx). The interface is reference.py's.
 #
-# Thread t of n takes the t-th of n stretches of the tasks, worth as much each as whole tasks allow. It takes about the same stretch
-# of the data in a call's second step, walked backwards, so that it begins with what its own cache still holds.
+# Thread t of n takes the t-th of n stretches of the tasks, worth as much each as whole tasks allow. Where both steps of a call have
+# the same tasks, it takes about the same stretch of the data in the second, walked backwards, so that it begins with what its own
+# cache still holds.
 
 cimport cython
 cimport numpy as np
@@ -56,7 +57,7 @@ cdef extern from "tasks.h":
     void read_caches() noexcept nogil
     idx level2_cache, last_level_cache
     void plan(call_t *, int, int, int) noexcept nogil
-    void plan_to_apply(call_t *) noexcept nogil
+    bint plan_to_apply(call_t *) noexcept nogil
     ctypedef struct grid_t:
         pass
     grid_t each(idx) noexcept nogil
@@ -494,14 +495,15 @@ cpdef forward(np.ndarray x, np.ndarray y, idx outer, idx channels, idx inner, np
     k.weight, k.bias, k.eps = param(weight, 1), param(bias, 0), eps
     threads = prepare(&k, outer, channels, inner, threads, 1, 2)
     cdef double *memory = scratch(&k, not k.fused)
+    cdef bint back
     with nogil:
         if k.fused:
             run(forward_tile, &k, each(k.tiles), threads, False)
         else:
             moments_split(&k, threads)
             coefs_all(&k, 0)
-            plan_to_apply(&k)
-            run(normalize_part, &k, apply_parts(&k), threads, True)
+            back = plan_to_apply(&k)
+            run(normalize_part, &k, apply_parts(&k), threads, back)
         free(memory)
 
 
@@ -581,6 +583,7 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
     k.grad_weight, k.grad_bias = result(grad_weight), result(grad_bias)
     threads = prepare(&k, outer, channels, inner, threads, 4 if dz_is_cut(&k) else 2, 2)
     cdef double *memory = scratch(&k, not k.fused)
+    cdef bint back
     with nogil:
         if k.fused:
             run(backward_tile, &k, each(k.tiles), threads, False)
@@ -588,8 +591,8 @@ def backward(np.ndarray dy, np.ndarray x, np.ndarray dx, idx outer, idx channels
             coefs_all(&k, 0)
             gradient_split(&k, threads)
             slopes_all(&k, 0)
-            plan_to_apply(&k)
-            run(slope_part, &k, apply_parts(&k), threads, True)
+            back = plan_to_apply(&k)
+            run(slope_part, &k, apply_parts(&k), threads, back)
         free(memory)
 
 

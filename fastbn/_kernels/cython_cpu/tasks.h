@@ -176,22 +176,24 @@ static void plan(call_t *k, int threads, int reads, int passes)
     k->place = tensor <= last_level_cache / 4 ? CACHED : tensor * reads <= last_level_cache ? NEAR : FAR;
     if (k->columns) plan_columns(k, threads, reads * size);
     else plan_runs(k, threads);
-    /* What is asked for ahead: the next tile; or, where tiles are parts of rows, two rows on. */
+    /* What is asked for ahead: the next tile; or, where tiles are parts of rows, the next row's part. */
     if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
-    else k->ahead = k->columns && !whole_rows(k) ? 2 * k->channels * k->inner : 0;
+    else k->ahead = k->columns && !whole_rows(k) ? k->channels * k->inner : 0;
     /* Output goes past the cache where that does not hold it and what is read (of a backward x and dy, whatever more there is), a fifth
      * left to others; a fused step's, so that tiles stay in cache, from a quarter of it on. */
     idx tensors = least(reads, 2) + (k->added != NULL) + 1;
     k->streaming = k->fused && passes > 1 ? tensor > last_level_cache / 4 : tensor * tensors > last_level_cache / 5 * 4;
 }
 
-/* Of a split call: planes that were summed as columns are better written as they lie, in order. */
-static void plan_to_apply(call_t *k)
+/* Of a split call: planes that were summed as columns are better written as they lie, in order. Returns whether the second step goes
+ * the way of the first; then it goes back, and begins with what the thread's own cache still holds. */
+static int plan_to_apply(call_t *k)
 {
-    if (!k->columns || k->inner < SHORTEST_PLANE) return;
+    if (!k->columns || k->inner < SHORTEST_PLANE) return 1;
     k->columns = 0;
     k->runs = runs_of(k->outer, k->channels, k->inner);
     k->ahead = 0;
+    return 0;
 }
 
 /* From one vector of coefficients to the next, in elements: not a multiple of a page (see APART). */

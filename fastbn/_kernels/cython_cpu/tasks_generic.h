@@ -196,7 +196,7 @@ static void FN(coefs_all)(const call_t *k, idx i) { FN(coefs_of)(k, 0, k->channe
 /* A stretch that ends in the middle of a line: see EACH_ROW. */
 INLINE void FN(ask_for_ragged_end)(const call_t *k, idx at, idx len)
 {
-    if (k->streaming && len % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(len), 1, 2);
+    if (k->streaming && len % (UNIT_BYTES / (idx)sizeof(S))) __builtin_prefetch((S *)k->out + at + FN(some_rows_on)(len), 1);
 }
 
 /* Not for SWEEP_PLANES: planes shorter than a vector, those of wide channels, and an output that no vector is aligned to. */
