@@ -125,6 +125,12 @@ static inline idx next_tile(const call_t *k, int threads, idx bytes)
     return k->place != CACHED && (both <= level2_cache || both <= last_level_cache / (4 * threads)) ? columns : 0;
 }
 
+static inline idx size_of(const call_t *k) { return k->type == F64 ? 8 : k->type == F32 ? 4 : 2; }
+
+/* What the last-level cache holds comes too late while stores go past it, if it is not asked for. (What memory holds comes no sooner;
+ * and where stores go through the cache, that is slower.) */
+static inline idx what_comes_soon(const call_t *k) { return k->streaming && k->place == NEAR ? LEAD / size_of(k) : 0; }
+
 /* Tiles and parts of runs: a channel, a block. */
 static void plan_runs(call_t *k, int threads)
 {
@@ -171,18 +177,18 @@ static void plan_columns(call_t *k, int threads, idx bytes)
  * division depends on `threads`. */
 static void plan(call_t *k, int threads, int reads, int passes)
 {
-    idx size = k->type == F64 ? 8 : k->type == F32 ? 4 : 2, tensor = k->outer * k->channels * k->inner * size;
+    const idx size = size_of(k), tensor = k->outer * k->channels * k->inner * size;
     k->columns = k->inner == 1 || (k->inner < (passes > 1 ? SMALL_PLANE : SHORTEST_PLANE) && k->outer >= 8);
     k->place = tensor <= last_level_cache / 4 ? CACHED : tensor * reads <= last_level_cache ? NEAR : FAR;
     if (k->columns) plan_columns(k, threads, reads * size);
     else plan_runs(k, threads);
-    /* What is asked for ahead: the next tile; or, where tiles are parts of rows, the next row's part. */
-    if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
-    else k->ahead = k->columns && !whole_rows(k) ? k->channels * k->inner : 0;
     /* Output goes past the cache where that does not hold it and what is read (of a backward x and dy, whatever more there is), a fifth
      * left to others; a fused step's, so that tiles stay in cache, from a quarter of it on. */
     idx tensors = least(reads, 2) + (k->added != NULL) + 1;
     k->streaming = k->fused && passes > 1 ? tensor > last_level_cache / 4 : tensor * tensors > last_level_cache / 5 * 4;
+    /* What is asked for ahead: the next tile; or, where tiles are parts of rows, the next row's part; or what comes soon. */
+    if (k->fused && passes > 1) k->ahead = next_tile(k, threads, reads * size);
+    else k->ahead = k->columns && !whole_rows(k) ? k->channels * k->inner : what_comes_soon(k);
 }
 
 /* Of a split call: planes that were summed as columns are better written as they lie, in order. Returns whether the second step goes
@@ -192,7 +198,7 @@ static int plan_to_apply(call_t *k)
     if (!k->columns || k->inner < SHORTEST_PLANE) return 1;
     k->columns = 0;
     k->runs = runs_of(k->outer, k->channels, k->inner);
-    k->ahead = 0;
+    k->ahead = what_comes_soon(k);
     return 0;
 }
 
