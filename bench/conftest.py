@@ -1,7 +1,8 @@
 """How a figure is taken: a ratio in one run.
 
 fastbn, the floor and the peers are called in turns, on the same arrays, in an order that changes, and each one's least
-time counts, of at least 15 (`fastbn.bench.interleaved`). The floor is the time to copy the tensor (forward, eval) or to
+time counts, of at least 15 and, for up to three times as long, until another turn has come near it
+(`fastbn.bench.interleaved`). The floor is the time to copy the tensor (forward, eval) or to
 add two tensors into a third (backward), by the better of plain and streaming stores, with as many threads.
 
 A turn begins with rest, goes on with 3 ms of calls that are not counted (and eight of them, where that takes at most 12
@@ -84,7 +85,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         ours = next(iter(calls))
         benchmark.group = table
         if benchmark.enabled:
-            times = user_bench.least_of(named, seconds=request.config.getoption("--seconds") * len(named))
+            seconds = request.config.getoption("--seconds") * len(named)
+            times = user_bench.least_of(named, seconds=seconds, at_most=3 * seconds)
             config = backends.config()
             benchmark.extra_info |= {
                 "table": table, "operation": operation, "shape": list(case.shape), "layout": case.layout,

@@ -40,7 +40,7 @@ def wait_until_quiet() -> None:
             return
 
 
-def interleaved(functions: Sequence[Call], *, seconds: float, least: int = 15) -> list[float]:
+def interleaved(functions: Sequence[Call], *, seconds: float, at_most: float = 0.0, least: int = 15) -> list[float]:
     """The least time of each function in seconds, called in turns: what else the machine does falls on all alike.
 
     The order of the turns changes from round to round. Before a turn all threads come to rest: a library's workers
@@ -53,19 +53,27 @@ def interleaved(functions: Sequence[Call], *, seconds: float, least: int = 15) -
     functions : sequence of callable
     seconds : float
         For how long to go on, all together, after one call of each.
+    at_most : float
+        For how long to go on while some function's least time stands alone, with no other turn's least within a tenth
+        of it: a shared machine's memory may be twice as fast for the moment of one turn, and the others' are then held
+        against that.
     least : int
         Calls of each to count in any case.
     """
     for function in functions:
         function()
-    best = [float("inf")] * len(functions)
+    turns: list[list[float]] = [[] for _ in functions]
     order, shuffled = list(range(len(functions))), Random(0)
     counted = 0
-    end = perf_counter() + seconds
+    start = perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while counted < least or perf_counter() < end:
+        while (
+            counted < least
+            or perf_counter() < start + seconds
+            or (perf_counter() < start + at_most and not all(map(_seen_twice, turns)))
+        ):
             shuffled.shuffle(order)
             for i in order:
                 function = functions[i]
@@ -74,15 +82,22 @@ def interleaved(functions: Sequence[Call], *, seconds: float, least: int = 15) -
                 while spent < WARM_UP or (calls < WARM_UP_CALLS and spent < WARM_UP_MOST):
                     function()
                     calls, spent = calls + 1, perf_counter() - began
-                for _ in range(CALLS_A_TURN):
-                    start = perf_counter()
-                    function()
-                    best[i] = min(best[i], perf_counter() - start)
+                turns[i].append(min(_time(function) for _ in range(CALLS_A_TURN)))
             counted += CALLS_A_TURN
     finally:
         if collecting:
             gc.enable()
-    return best
+    return [min(times) for times in turns]
+
+
+def _time(function: Call) -> float:
+    start = perf_counter()
+    function()
+    return perf_counter() - start
+
+
+def _seen_twice(times: Sequence[float]) -> bool:
+    return len(times) > 1 and sorted(times)[1] <= 1.1 * min(times)
 
 
 def floor(x: Array, other: Array | None, out: Array, threads: int) -> list[Call]:
@@ -247,10 +262,10 @@ def measure(shape: tuple[int, ...], layout: str, *, seconds: float, torch: bool 
     return times
 
 
-def least_of(calls: Sequence[tuple[str, Call]], *, seconds: float, least: int = 15) -> dict[str, float]:
+def least_of(calls: Sequence[tuple[str, Call]], **options: Any) -> dict[str, float]:
     """`interleaved` by name: where several have one name, the best of them."""
     times: dict[str, float] = {}
-    for (name, _), t in zip(calls, interleaved([call for _, call in calls], seconds=seconds, least=least), strict=True):
+    for (name, _), t in zip(calls, interleaved([call for _, call in calls], **options), strict=True):
         times[name] = min(t, times.get(name, t))
     return times
 
