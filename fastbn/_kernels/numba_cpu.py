@@ -609,7 +609,7 @@ def prefetch(typing_context: Any, x: Any, i: Any, ahead: Any) -> Any:
             at, integer = builder.gep(args[0], [builder.add(args[1], args[2])]), ir.IntType(32)
             llvm = ir.FunctionType(ir.VoidType(), [at.type, integer, integer, integer])
             function = cgutils.get_or_insert_function(builder.module, llvm, "llvm.prefetch.p0")
-            builder.call(function, [at, integer(0), integer(2), integer(1)])
+            builder.call(function, [at, integer(0), integer(3), integer(1)])
         return context.get_dummy_value()
 
     return types.none(x, types.int64, ahead), generate
