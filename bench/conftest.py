@@ -1,9 +1,9 @@
 """How a figure is taken: a ratio in one run.
 
 fastbn, the floor and the peers are called in turns, on the same arrays, in an order that changes, and each one's least
-time counts, of at least 15 and, for up to three times as long, until another turn has come near it
-(`fastbn.bench.interleaved`). The floor is the time to copy the tensor (forward, eval) or to
-add two tensors into a third (backward), by the better of plain and streaming stores, with as many threads.
+time counts, of at least 15 (`fastbn.bench.interleaved`). A case goes on, for up to three times its time, while some
+least time has come in one turn only. The floor is the time to copy the tensor (forward, eval) or to add two tensors
+into a third (backward), by the better of plain and streaming stores, with as many threads.
 
 A turn begins with rest, goes on with 3 ms of calls that are not counted (and eight of them, where that takes at most 12
 ms), and ends with five that are. Why:
@@ -40,7 +40,7 @@ from peers import Missing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=0.1, help="for each of a case's calls")
+    parser.addoption("--seconds", type=float, default=0.1, help="for each of a case's calls; thrice, if unsteady")
     parser.addoption("--no-peers", action="store_true", help="fastbn and the floor alone: to compare two runs of ours")
 
 

@@ -55,8 +55,8 @@ def interleaved(functions: Sequence[Call], *, seconds: float, at_most: float = 0
         For how long to go on, all together, after one call of each.
     at_most : float
         For how long to go on while some function's least time stands alone, with no other turn's least within a tenth
-        of it: a shared machine's memory may be twice as fast for the moment of one turn, and the others' are then held
-        against that.
+        of it: a shared machine's memory may be twice as fast for the moment of one turn. It is looked for again, which
+        gives the other functions more turns, but does not make sure that they meet such a moment.
     least : int
         Calls of each to count in any case.
     """
@@ -262,10 +262,13 @@ def measure(shape: tuple[int, ...], layout: str, *, seconds: float, torch: bool 
     return times
 
 
-def least_of(calls: Sequence[tuple[str, Call]], **options: Any) -> dict[str, float]:
+def least_of(
+    calls: Sequence[tuple[str, Call]], *, seconds: float, at_most: float = 0.0, least: int = 15
+) -> dict[str, float]:
     """`interleaved` by name: where several have one name, the best of them."""
     times: dict[str, float] = {}
-    for (name, _), t in zip(calls, interleaved([call for _, call in calls], **options), strict=True):
+    least_times = interleaved([call for _, call in calls], seconds=seconds, at_most=at_most, least=least)
+    for (name, _), t in zip(calls, least_times, strict=True):
         times[name] = min(t, times.get(name, t))
     return times
 

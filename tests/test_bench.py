@@ -1,4 +1,4 @@
-"""How `python -m fastbn bench` and `make bench` take times, by a clock that only the calls move."""
+"""How the benchmarks take times, by a clock that only the calls move."""
 
 import pytest
 
@@ -29,6 +29,11 @@ def test_stops_when_time_is_up(clock):
 def test_goes_on_while_a_least_time_stands_alone(clock):
     assert min(bench.interleaved([clock.call, clock.call], seconds=60, at_most=1000)) == 0.5
     assert 200 <= clock.now < 250
+
+
+def test_counts_enough_calls_in_no_time(clock):
+    bench.interleaved([clock.call], seconds=0, least=15)
+    assert clock.now == 1 + 3 * (1 + bench.CALLS_A_TURN)  # one; then three turns, whose first call does not count
 
 
 def test_does_not_go_on_for_ever(clock):

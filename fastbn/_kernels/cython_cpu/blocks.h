@@ -170,8 +170,8 @@ typedef enum { CACHED, NEAR, FAR } place_t;
 /* What a sum over rows asks for: nothing, what lies further on line by line, or what lies further on in each of four rows. */
 typedef enum { SILENT, IN_LINES, IN_ROWS } asks_t;
 
-/* How far ahead what is read is asked for, in bytes: of a group of four rows, all four together (less where L1 would not hold it); of a
- * step that goes over the elements once. */
+/* How far ahead is asked for, in bytes: in sums over rows, of four rows together (less where L1 would not hold it); in a step that goes
+ * over the elements once, see what_comes_soon. */
 #define LEAD 8192
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */

@@ -143,7 +143,7 @@ static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
 
 /* The element-wise loop: out[i] = FORMULA(W, i), i from 0 to len. W names the width: single elements and narrow vectors until the
  * output is aligned, whole vectors, and the same at the end (a store or load that straddles two cache lines costs two).
- * PREPARE(W, i) has the coefficients; AHEAD(i) asks for what the hardware does not foresee. */
+ * PREPARE(W, i) has the coefficients; AHEAD(i) asks for what is needed later. */
 #define LOAD(W) FN(load##W)
 #define GET(W) FN(get##W)
 #define GATE(W) FN(gate##W)
@@ -427,8 +427,8 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
 
 #define NOTHING(...)
 
-/* Asks for what lies `ahead` elements on (0: the hardware foresees it), once a line: what a step needs soon, or, where a tile's
- * data is in cache and the step only writes to memory, the next tile. Into L1: from there it sinks to L2, if it was not needed soon. */
+/* Asks for what lies `ahead` elements on (0: for nothing), once a line: what a step needs soon, or, where a tile's data is in cache
+ * and the step only writes to memory, the next tile. Into L1: from there it sinks to L2, if it was not needed soon. */
 INLINE void FN(ask_ahead)(const S *p, idx i, idx ahead)
 {
     if (ahead && (WIDTH >= LINE || i % LINE < WIDTH)) __builtin_prefetch(p + ahead + i);
@@ -511,9 +511,9 @@ INLINE FN(sums) FN(gradient_runs_as)(FN(gate_t) gate, const S *dy, const S *x, b
     }
 #define FETCH(n)                                                                                                       \
     for (idx l = 0; next && l < (n); l += LINE) {                                                                      \
-        __builtin_prefetch(x + (r + 1) * next + i + l);                                                          \
-        __builtin_prefetch(dy + (r + 1) * next + i + l);                                                         \
-        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);                             \
+        __builtin_prefetch(x + (r + 1) * next + i + l);                                                                \
+        __builtin_prefetch(dy + (r + 1) * next + i + l);                                                               \
+        if (gate.kind == GATED) __builtin_prefetch(gate.y + (r + 1) * next + i + l);                                   \
     }
     for (idx r = 0; r < b.runs; r++) {
         idx i = 0;
@@ -958,7 +958,7 @@ static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 #define EACH_ROW(SHIFT)                                                                                                \
     const int whole = !(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH);                 \
     for (idx r = 0; r < all; r++) {                                                                                    \
-        if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                              \
+        if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                                 \
         if (whole && streaming) WHOLE_ROW(FN(stream))                                                                  \
         else if (whole) WHOLE_ROW(FN(store))                                                                           \
         else if (streaming) SWEEP_STREAM                                                                               \

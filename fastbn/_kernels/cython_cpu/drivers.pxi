@@ -1,9 +1,9 @@
 # The parallel drivers: they walk tasks over threads, and hold no arithmetic on elements. One module per instruction set
 # includes this file (baseline.pyx, x86_64_v3.pyx, x86_64_v4.pyx). The interface is reference.py's.
 #
-# Thread t of n takes the t-th of n stretches of the tasks, worth as much each as whole tasks allow. Where both steps of a call have
-# the same tasks, it takes about the same stretch of the data in the second, walked backwards, so that it begins with what its own
-# cache still holds.
+# Thread t of n takes the t-th of n stretches of the tasks, worth as much each as whole tasks allow. Where both steps of a call go over
+# the data in the same order, it takes about the same stretch of them in the second, walked backwards, so that it begins with what its
+# own cache still holds.
 
 cimport cython
 cimport numpy as np

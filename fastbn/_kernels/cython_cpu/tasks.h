@@ -4,8 +4,8 @@
  * are gathered by tile or by part and merged in order are the same sums in the same order, so the plan may choose by speed:
  *
  *     fused   one task a tile does everything, the second step while the tile is in cache:   forward_tile, backward_tile
- *     split   all parts, then all tiles (merge), then all parts, last part first:            moments_part, merge_moments_tile,
- *                                                                                            normalize_part …
+ *     split   all parts, then all tiles (merge), then all parts, last part first where       moments_part, merge_moments_tile,
+ *             they go over the data as the first step's did:                                 normalize_part …
  *
  * Split serves where there are too few channels for the threads, where even a narrow tile would not stay in cache, and for small
  * planes of a tensor that is in cache. */
@@ -128,7 +128,8 @@ static inline idx next_tile(const call_t *k, int threads, idx bytes)
 static inline idx size_of(const call_t *k) { return k->type == F64 ? 8 : k->type == F32 ? 4 : 2; }
 
 /* What the last-level cache holds comes too late while stores go past it, if it is not asked for. (What memory holds comes no sooner;
- * and where stores go through the cache, that is slower.) */
+ * and where stores go through the cache, that is slower. Of a forward pass x alone counts: with a residual, which that cache may
+ * not hold too, it is faster as well.) */
 static inline idx what_comes_soon(const call_t *k) { return k->streaming && k->place == NEAR ? LEAD / size_of(k) : 0; }
 
 /* Tiles and parts of runs: a channel, a block. */
@@ -195,7 +196,8 @@ static void plan(call_t *k, int threads, int reads, int passes)
  * the way of the first; then it goes back, and begins with what the thread's own cache still holds. */
 static int plan_to_apply(call_t *k)
 {
-    if (!k->columns || k->inner < SHORTEST_PLANE) return 1;
+    if (!k->columns) return k->channels == 1 || k->outer == 1; /* sums of runs go by channels */
+    if (k->inner < SHORTEST_PLANE) return 1;
     k->columns = 0;
     k->runs = runs_of(k->outer, k->channels, k->inner);
     k->ahead = what_comes_soon(k);
