@@ -167,8 +167,9 @@ static inline block_t block_at(const runs_t *r, idx channel, idx block)
 /* Where a call's tensors are found: in cache, in part, or in memory. */
 typedef enum { CACHED, NEAR, FAR } place_t;
 
-/* What a sum over rows asks for: nothing, what lies further on line by line, or what lies further on in each of four rows. */
-typedef enum { SILENT, IN_LINES, IN_ROWS } asks_t;
+/* What a sum over four rows at a time asks for: nothing, what lies further on line by line, or what lies further on in each of them.
+ * IN_ORDER: it goes row by row instead, and asks for what lies further on. */
+typedef enum { SILENT, IN_LINES, IN_ROWS, IN_ORDER } asks_t;
 
 /* How far ahead is asked for, in bytes: in sums over rows, of four rows together (less where L1 would not hold it); in a step that goes
  * over the elements once, see what_comes_soon. */

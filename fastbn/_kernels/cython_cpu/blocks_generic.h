@@ -794,24 +794,28 @@ static inline idx FN(lead_in_lines)(tile_t t, int tensors) { return t.place == C
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
  * after line where the tile is the whole row and rows are short against that lead (the fourth would be summed first), else in each of
- * the four rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. */
+ * the four rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. Far from it two tensors
+ * and more are read row by row, where rows lie one behind the other. That has more sums to load and store: too many for narrow vectors,
+ * half types (as many sums, half the data), and one tensor, which is as fast in fours. */
 static inline asks_t FN(asks_of)(tile_t t, int tensors)
 {
     idx row = t.ld * (idx)sizeof(S);
     int whole = t.channels * t.inner == t.ld;
     if (t.place == CACHED) return whole && row >= 512 && row <= 1024 ? IN_LINES : SILENT;
+    if (t.place == FAR && whole && tensors > 1 && sizeof(S) == sizeof(T) && VECTOR_BYTES > 16) return IN_ORDER;
     return whole && row < FN(lead_in_lines)(t, tensors) / 2 ? IN_LINES : IN_ROWS;
 }
 
-/* How far ahead, in elements: of the group, or of column k in each row. */
+/* How far ahead, in elements: of the group, of the element in its order, or of column k in each row. */
 static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 {
     if (asks == IN_LINES) return FN(lead_in_lines)(t, tensors) / (idx)sizeof(S);
+    if (asks == IN_ORDER) return LEAD * 3 / 2 / tensors / (idx)sizeof(S);
     return least(LEAD / 4 / tensors / (idx)sizeof(S), t.channels * t.inner);
 }
 
-/* While columns from k on are summed in four rows. Where a row ends, the next group's comes. (always_inline: gcc drops calls of a
- * function that does nothing but prefetch.) */
+/* While columns from k on are summed in four rows, or in one. Where one of four rows ends, the next group's comes. (always_inline: gcc
+ * drops calls of a function that does nothing but prefetch.) */
 INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld, idx lead)
 {
     if (asks == IN_LINES)
@@ -819,7 +823,8 @@ INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld
     else if (asks == IN_ROWS) {
         const S *later = row + k + lead + (k + lead < cols ? 0 : 4 * ld - cols);
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld);
-    }
+    } else if (asks == IN_ORDER)
+        __builtin_prefetch(row + k + lead);
 }
 
 /* And, line after line, for what columns before `head` leave out of a group: it would be waited for. */
@@ -868,6 +873,7 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
     if (asks == IN_LINES) ASKING_FOR(IN_LINES, COLUMN)                                                                 \
     else if (asks == IN_ROWS) ASKING_FOR(IN_ROWS, COLUMN)                                                              \
     else SILENTLY(COLUMN)
+#define ORDERLY(COLUMN) ASKING_FOR(IN_ORDER, COLUMN)
 #define ASKING_FOR(what, COLUMN)                                                                                       \
     for (; k + WIDTH <= cols; k += WIDTH) {                                                                            \
         ASK(what)                                                                                                      \
@@ -1022,14 +1028,15 @@ static int64_t FN(any_not_finite)(idx n, const double *sum)
 INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                     double *sum_dy, double *sum_dy_x)
 {
-    T room[2][APART] LINED, shifted[3][APART] LINED;
+    T room[6][APART] LINED, shifted[3][APART] LINED;
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t w = joined(t, join);
     const int needs_z = gate.kind == RELU || gate.kind == LEAKY, past = gate.dz && gate.streaming && w.ld % UNIT == 0;
     idx cols = w.channels * w.inner, head = past ? FN(columns_to_line)(gate.dz, w) : FN(unaligned_columns)(x, w), r = 0;
     int streams = past && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
     const idx shift = FN(to_line)(head);
-    T *s = room[0] + shift, *q = room[1] + shift;
+    T *s = room[0] + shift, *q = room[1] + shift, *first_s = room[2] + shift, *first_q = room[3] + shift,
+      *third_s = room[4] + shift, *third_q = room[5] + shift;
     if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
@@ -1040,6 +1047,24 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     FN(ask)(what, x + r * w.ld, k, head, cols, w.ld, lead);                                                            \
     FN(ask)(what, dy + r * w.ld, k, head, cols, w.ld, lead);                                                           \
     if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld, k, head, cols, w.ld, lead);
+    /* Row by row, the same tree of four: the first, with the second added to it, and the third wait for the fourth. All rows by the same
+     * instructions, for of each instruction the hardware foresees what it will load. */
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        ROWS(W, 1, V)                                                                                                  \
+        if (r % 4 == 3) {                                                                                              \
+            FN(put##W)(s + k, GET(W)(s + k) + (GET(W)(first_s + k) + (GET(W)(third_s + k) + g[0])));                   \
+            FN(put##W)(q + k, GET(W)(q + k) + (GET(W)(first_q + k) + (GET(W)(third_q + k) + e[0])));                   \
+        } else if (r % 4 == 1) {                                                                                       \
+            FN(put##W)(first_s + k, GET(W)(first_s + k) + g[0]);                                                       \
+            FN(put##W)(first_q + k, GET(W)(first_q + k) + e[0]);                                                       \
+        } else {                                                                                                       \
+            FN(put##W)((r % 4 ? third_s : first_s) + k, g[0]);                                                         \
+            FN(put##W)((r % 4 ? third_q : first_q) + k, e[0]);                                                         \
+        }                                                                                                              \
+    }
+    for (; asks == IN_ORDER && r < all / 4 * 4; r++) SWEEP_COLUMNS(COLUMN, ORDERLY)
+#undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         ROWS(W, 4, V)                                                                                                  \
@@ -1172,6 +1197,7 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef SILENTLY
 #undef ASKING
 #undef ASKING_FOR
+#undef ORDERLY
 #undef ONE_BY_ONE
 #undef SWEEP_STREAM
 #undef SWEEP_PLANES
