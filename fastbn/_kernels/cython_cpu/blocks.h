@@ -52,7 +52,7 @@ typedef ptrdiff_t idx; /* Py_ssize_t: a tensor may hold more than 2³¹ elements
 #define BLOCK_ROWS 256                            /* rows (joined, if short) that a block of columns sums before it merges */
 #define SHORTEST_PLANE 16                         /* a vector of no instruction set spans three of these */
 #define SHORTEST_ROW 64                           /* columns: shorter rows are joined */
-#define MAX_COLUMNS 1024                         /* columns of a tile: their sums stay in L1 */
+#define MAX_COLUMNS 1024                          /* columns of a tile: their sums stay in L1, or near it */
 #define APART (MAX_COLUMNS + 80)                  /* vectors that are read together must not all fall into one set of L1 */
 
 /* A (count, mean, m2); counts are exact in a double up to 2⁵³. */
@@ -171,8 +171,8 @@ typedef enum { CACHED, NEAR, FAR } place_t;
  * IN_ORDER: it goes row by row instead, and asks for what lies further on. */
 typedef enum { SILENT, IN_LINES, IN_ROWS, IN_ORDER } asks_t;
 
-/* How far ahead is asked for, in bytes: in sums over rows, of four rows together (less where L1 would not hold it); in a step that goes
- * over the elements once, see what_comes_soon. */
+/* How far ahead is asked for, in bytes: in sums over rows, of four rows together (see lead_of: less where L1 would not hold it); in a step
+ * that goes over the elements once, see what_comes_soon. */
 #define LEAD 8192
 
 /* A tile of columns: `channels` channels of `inner` columns each; rows are `ld` elements apart. */

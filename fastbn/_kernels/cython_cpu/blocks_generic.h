@@ -806,7 +806,7 @@ static inline asks_t FN(asks_of)(tile_t t, int tensors)
     return whole && row < FN(lead_in_lines)(t, tensors) / 2 ? IN_LINES : IN_ROWS;
 }
 
-/* How far ahead, in elements: of the group, of the element in its order, or of column k in each row. */
+/* How far ahead, in elements: of the group, of the element in its order (6 KiB of two tensors, 4 of three), or of column k in each row. */
 static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 {
     if (asks == IN_LINES) return FN(lead_in_lines)(t, tensors) / (idx)sizeof(S);
@@ -825,14 +825,6 @@ INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld);
     } else if (asks == IN_ORDER)
         __builtin_prefetch(row + k + lead);
-}
-
-/* And, line after line, for what columns before `head` leave out of a group: it would be waited for. */
-INLINE void FN(ask_rest)(asks_t asks, const S *row, idx head, idx ld, idx lead)
-{
-    const S *end = row + lead + 4 * ld;
-    if (asks != IN_LINES || !head) return;
-    for (idx l = LINE; l <= 4 * WIDTH; l += LINE) __builtin_prefetch(end - l);
 }
 
 /* Columns before the one from which on x is aligned to vectors, in every row; 0 where nothing is gained by it, or rows do not all
@@ -1048,19 +1040,21 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     FN(ask)(what, dy + r * w.ld, k, head, cols, w.ld, lead);                                                           \
     if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld, k, head, cols, w.ld, lead);
     /* Row by row, the same tree of four: the first, with the second added to it, and the third wait for the fourth. All rows by the same
-     * instructions, for of each instruction the hardware foresees what it will load. */
+     * instructions (a loop for each of the four is slower): of each instruction the hardware foresees what it will load. */
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
+        idx turn = r % 4;                                                                                              \
+        HOLD_POINTER(turn);                                                                                            \
         ROWS(W, 1, V)                                                                                                  \
-        if (r % 4 == 3) {                                                                                              \
+        if (turn == 3) {                                                                                               \
             FN(put##W)(s + k, GET(W)(s + k) + (GET(W)(first_s + k) + (GET(W)(third_s + k) + g[0])));                   \
             FN(put##W)(q + k, GET(W)(q + k) + (GET(W)(first_q + k) + (GET(W)(third_q + k) + e[0])));                   \
-        } else if (r % 4 == 1) {                                                                                       \
+        } else if (turn == 1) {                                                                                        \
             FN(put##W)(first_s + k, GET(W)(first_s + k) + g[0]);                                                       \
             FN(put##W)(first_q + k, GET(W)(first_q + k) + e[0]);                                                       \
         } else {                                                                                                       \
-            FN(put##W)((r % 4 ? third_s : first_s) + k, g[0]);                                                         \
-            FN(put##W)((r % 4 ? third_q : first_q) + k, e[0]);                                                         \
+            FN(put##W)((turn ? third_s : first_s) + k, g[0]);                                                          \
+            FN(put##W)((turn ? third_q : first_q) + k, e[0]);                                                          \
         }                                                                                                              \
     }
     for (; asks == IN_ORDER && r < all / 4 * 4; r++) SWEEP_COLUMNS(COLUMN, ORDERLY)
@@ -1071,12 +1065,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
         FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    for (; r + 4 <= all; r += 4) {
-        FN(ask_rest)(asks, x + r * w.ld, head, w.ld, lead);
-        FN(ask_rest)(asks, dy + r * w.ld, head, w.ld, lead);
-        if (gate.kind == GATED) FN(ask_rest)(asks, gate.y + r * w.ld, head, w.ld, lead);
-        SWEEP_COLUMNS(COLUMN, ASKING)
-    }
+    for (; r + 4 <= all; r += 4) SWEEP_COLUMNS(COLUMN, ASKING)
 #undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
