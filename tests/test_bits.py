@@ -244,8 +244,10 @@ def past_a_line(array, elements):
 @pytest.mark.parametrize("caches", [(1, 1), (1, 1 << 40), (1 << 40, 1), (1 << 16, 1 << 40)], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(700, 96, 1), (601, 65, 1), (4003, 15, 1), (267, 272, 1), (259, 1024, 1)]
-    + [(70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)],
+    [
+        *[(700, 96, 1), (601, 65, 1), (4003, 15, 1), (267, 272, 1), (259, 1024, 1)],
+        *[(70, 5, 49), (41, 5, 171), (9, 3, 1201), (2, 2, 20011)],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("fused", ["plain", "relu", "leaky", "added", "added leaky"])

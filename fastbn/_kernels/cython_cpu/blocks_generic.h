@@ -794,7 +794,7 @@ static inline idx FN(lead_in_lines)(tile_t t, int tensors) { return t.place == C
 
 /* Rows are read in fours, but memory likes to be read in order: while one group is summed, what lies further on is asked for, line
  * after line where the tile is the whole row and rows are short against that lead (the fourth would be summed first), else in each of
- * the four rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. Far from it two tensors
+ * the four rows. Into L1: asked for into L2 it came little sooner. In cache only rows of some length gain by it. Out of cache two tensors
  * and more are read row by row, where rows lie one behind the other. That has more sums to load and store: too many for narrow vectors,
  * half types (as many sums, half the data), and one tensor, which is as fast in fours. */
 static inline asks_t FN(asks_of)(tile_t t, int tensors)
