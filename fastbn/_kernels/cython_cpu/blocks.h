@@ -210,6 +210,10 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 
 #include "half.h"
 
+typedef double doubles __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+#define DOUBLES ((idx)(VECTOR_BYTES / sizeof(double)))
+
 #define LARGEST FLT_MAX
 #define SMALLEST FLT_MIN
 #define TINY 1e-30                                /* mean squares under this have lost digits in T */

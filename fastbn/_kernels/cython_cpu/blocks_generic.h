@@ -272,12 +272,10 @@ INLINE VEC FN(pivots_of)(VEC mean)
 
 /* May s and q, taken in T about a pivot from `first` values, stand for the block? Not where the pivot was far from the mean (few
  * values' mean may be further off than many's), nor where squares overflowed (or the data is not finite) or lost digits
- * to underflow. */
-static inline int FN(stands)(double s, double q, double m2, double count, idx first)
-{
-    const double share = first < 8 ? 1.0 / 4 : first < 16 ? 1.0 / 3 : 1.0 / 2;
-    return (q - q == 0) & (m2 >= share * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
-}
+ * to underflow. Of numbers or of vectors. */
+#define STAND(s, q, m2, count, share) ((q - q == 0) & (m2 >= share * q) & ((q > TINY * count) | ((q == 0) & (s == 0))))
+
+static inline double FN(share_of)(idx first) { return first < 8 ? 1.0 / 4 : first < 16 ? 1.0 / 3 : 1.0 / 2; }
 
 /* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */
 static inline double FN(within)(double scale)
@@ -420,7 +418,7 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
     double sum = FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16);
     double squares = FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16);
     double count = (double)(b.runs * b.len), shift = sum / count, m2 = squares - sum * shift;
-    if (!FN(stands)(sum, squares, m2, count, few)) return FN(moments_runs_slow)(x, b);
+    if (!STAND(sum, squares, m2, count, FN(share_of)(few))) return FN(moments_runs_slow)(x, b);
     moments_t m = {count, (double)pivot + shift, m2};
     return m;
 }
@@ -872,20 +870,30 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
         COLUMN(, VEC)                                                                                                  \
     }
 
-/* IN sums about pivots (from `first` values each), INOUT mean (the pivots before), OUT m2: a value a channel. Whether any of them
- * does not stand. */
-static int64_t FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum,
-                                     const double *restrict squares, double *restrict mean, double *restrict m2)
+/* IN sums about pivots (from `first` values each), INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand.
+ * (Vectors by hand: gcc makes none of comparisons that it puts together.) */
+static int FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum,
+                                 const double *restrict squares, double *restrict mean, double *restrict m2)
 {
-    const double inverse = 1.0 / count;
-    int64_t doubtful = 0;
-    for (idx c = 0; c < channels; c++) {
-        double shift = sum[c] * inverse;
+    const double inverse = 1.0 / count, share = FN(share_of)(first);
+    longs all = {0};
+    int stand = 1;
+    idx c = 0;
+    all = ~all;
+    for (; c + DOUBLES <= channels; c += DOUBLES) {
+        const doubles s = *(const doubles *)(sum + c), q = *(const doubles *)(squares + c), shift = s * inverse, m = q - s * shift;
+        *(doubles *)(mean + c) += shift;
+        *(doubles *)(m2 + c) = m;
+        all &= STAND(s, q, m, count, share);
+    }
+    for (idx j = 0; j < DOUBLES; j++) stand &= all[j] != 0;
+    for (; c < channels; c++) {
+        const double shift = sum[c] * inverse;
         mean[c] += shift;
         m2[c] = squares[c] - sum[c] * shift;
-        doubtful |= !FN(stands)(sum[c], squares[c], m2[c], count, first);
+        stand &= STAND(sum[c], squares[c], m2[c], count, share);
     }
-    return doubtful;
+    return stand;
 }
 
 /* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
@@ -940,10 +948,9 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c];
     else
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c * t.inner];
-    int64_t doubtful = FN(moments_from_sums)(t.channels, count, first, sum, squares, mean, m2);
-    if (doubtful)
+    if (!FN(moments_from_sums)(t.channels, count, first, sum, squares, mean, m2))
         for (idx c = 0; c < t.channels; c++)
-            if (!FN(stands)(sum[c], squares[c], m2[c], count, first)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
+            if (!STAND(sum[c], squares[c], m2[c], count, FN(share_of)(first))) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
 static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
@@ -1207,6 +1214,7 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef MASK
 #undef MASK16
 #undef TREE
+#undef STAND
 #undef VEC
 #undef WIDTH
 #undef UNIT
