@@ -655,13 +655,14 @@ static volatile T FN(seen);
 
 static void FN(copy_or_add_run)(const S *a, const S *b, S *out, idx len, int streaming)
 {
-    if (!out) {
-        VEC seen = {0};
-        for (idx i = 0; i + WIDTH <= len; i += WIDTH) {
-            seen += FN(load)(a + i);
-            if (b) seen += FN(load)(b + i);
-        }
-        FN(seen) = seen[0];
+    if (!out) { /* four sums: one would have each load wait for the addition before */
+        VEC seen[4] = {{0}};
+        for (idx i = 0; i + 4 * WIDTH <= len; i += 4 * WIDTH)
+            UNROLLED for (int j = 0; j < 4; j++) {
+                seen[j] += FN(load)(a + i + j * WIDTH);
+                if (b) seen[j] += FN(load)(b + i + j * WIDTH);
+            }
+        FN(seen) = TREE(seen)[0];
         return;
     }
 #define AHEAD NOTHING
