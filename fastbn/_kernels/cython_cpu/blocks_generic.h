@@ -1037,7 +1037,8 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift, *first_s = room[2] + shift, *first_q = room[3] + shift,
       *third_s = room[4] + shift, *third_q = room[5] + shift;
-    if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
+    if ((join > 1 || shift) && needs_z) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
+    else if (join > 1 || shift) v.hi = FN(repeat)(v.hi, t.channels * t.inner, join, shifted[0] + shift); /* all that is read */
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const int tensors = gate.kind == GATED ? 3 : 2;
