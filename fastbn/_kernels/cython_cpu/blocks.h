@@ -135,6 +135,10 @@ static inline double inverse_std(double var, double eps) { return 1.0 / sqrt(var
 
 static inline idx least(idx a, idx b) { return a < b ? a : b; }
 
+/* The least share of Σ (x − p)² that Σ (x − mean)² must be, for a pivot p from so many values: few values' mean may be further off than
+ * many's. */
+static inline double share_of(idx values) { return values < 8 ? 1.0 / 4 : values < 16 ? 1.0 / 3 : 1.0 / 2; }
+
 /* How a channel's runs are cut into blocks: by the shape alone. A long plane is cut into pieces,
  * short planes are taken several at a time. */
 typedef struct { idx outer, channels, inner, pieces, planes, blocks; } runs_t;
@@ -209,10 +213,6 @@ typedef enum { PLAIN, RELU, LEAKY, ADDED, GATED } kind_t;
 #define CAT(a, b) CAT_(a, b)
 
 #include "half.h"
-
-typedef double doubles __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-#define DOUBLES ((idx)(VECTOR_BYTES / sizeof(double)))
 
 #define LARGEST FLT_MAX
 #define SMALLEST FLT_MIN

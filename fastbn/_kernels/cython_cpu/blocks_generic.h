@@ -270,12 +270,12 @@ INLINE VEC FN(pivots_of)(VEC mean)
     return FN(load)(stored);
 }
 
-/* May s and q, taken in T about a pivot from `first` values, stand for the block? Not where the pivot was far from the mean (few
- * values' mean may be further off than many's), nor where squares overflowed (or the data is not finite) or lost digits
- * to underflow. Of numbers or of vectors. */
-#define STAND(s, q, m2, count, share) ((q - q == 0) & (m2 >= share * q) & ((q > TINY * count) | ((q == 0) & (s == 0))))
-
-static inline double FN(share_of)(idx first) { return first < 8 ? 1.0 / 4 : first < 16 ? 1.0 / 3 : 1.0 / 2; }
+/* May s and q, taken in T about a pivot, stand for the block? Not where the pivot was far from the mean (m2 less than a share of q: see
+ * share_of), nor where squares overflowed (or the data is not finite) or lost digits to underflow. */
+static inline int FN(stands)(double s, double q, double m2, double count, double share)
+{
+    return (q - q == 0) & (m2 >= share * q) & ((q > TINY * count) | ((q == 0) & (s == 0)));
+}
 
 /* A scale that would overflow T becomes T's largest: 0·∞ must not make a constant channel NaN where eps is minute. */
 static inline double FN(within)(double scale)
@@ -418,7 +418,7 @@ static inline moments_t FN(moments_runs)(const S *x, block_t b)
     double sum = FN(sum_lanes)((const T *)s, LANES) + FN(sum_lanes)(tail_s, 16);
     double squares = FN(sum_lanes)((const T *)q, LANES) + FN(sum_lanes)(tail_q, 16);
     double count = (double)(b.runs * b.len), shift = sum / count, m2 = squares - sum * shift;
-    if (!STAND(sum, squares, m2, count, FN(share_of)(few))) return FN(moments_runs_slow)(x, b);
+    if (!FN(stands)(sum, squares, m2, count, share_of(few))) return FN(moments_runs_slow)(x, b);
     moments_t m = {count, (double)pivot + shift, m2};
     return m;
 }
@@ -655,14 +655,16 @@ static volatile T FN(seen);
 
 static void FN(copy_or_add_run)(const S *a, const S *b, S *out, idx len, int streaming)
 {
-    if (!out) { /* four sums: one would have each load wait for the addition before */
+    if (!out) { /* four sums: with one, each addition would wait for the one before */
         VEC seen[4] = {{0}};
         for (idx i = 0; i + 4 * WIDTH <= len; i += 4 * WIDTH)
             UNROLLED for (int j = 0; j < 4; j++) {
                 seen[j] += FN(load)(a + i + j * WIDTH);
                 if (b) seen[j] += FN(load)(b + i + j * WIDTH);
             }
-        FN(seen) = TREE(seen)[0];
+        VEC sum = TREE(seen);
+        HOLD(sum);
+        FN(seen) = sum[0];
         return;
     }
 #define AHEAD NOTHING
@@ -734,17 +736,20 @@ static T *FN(repeat)(const T *values, idx n, idx times, T *repeated)
     return repeated;
 }
 
-/* The same of coefficients, into rooms that begin on a line, from element `shift` of each on. */
-static FN(coefs) FN(repeat_coefs)(FN(coefs) v, idx n, idx times, idx shift, T (*room)[APART])
+/* The same of coefficients (of hi, or of all), into rooms that begin on a line, from element `shift` of each on. */
+static FN(coefs) FN(repeat_coefs)(FN(coefs) v, idx n, idx times, idx shift, T (*room)[APART], int all)
 {
-    FN(coefs) w = {FN(repeat)(v.hi, n, times, room[0] + shift), FN(repeat)(v.a, n, times, room[1] + shift),
-                   FN(repeat)(v.b, n, times, room[2] + shift)};
-    return w;
+    v.hi = FN(repeat)(v.hi, n, times, room[0] + shift);
+    if (all) {
+        v.a = FN(repeat)(v.a, n, times, room[1] + shift);
+        v.b = FN(repeat)(v.b, n, times, room[2] + shift);
+    }
+    return v;
 }
 
 static FN(slopes) FN(repeat_slopes)(FN(slopes) g, idx n, idx times, idx shift, T (*room)[APART])
 {
-    FN(slopes) w = {FN(repeat_coefs)(g.v, n, times, shift, room), FN(repeat)(g.m, n, times, room[3] + shift),
+    FN(slopes) w = {FN(repeat_coefs)(g.v, n, times, shift, room, 1), FN(repeat)(g.m, n, times, room[3] + shift),
                     FN(repeat)(g.k, n, times, room[4] + shift)};
     return w;
 }
@@ -871,30 +876,20 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
         COLUMN(, VEC)                                                                                                  \
     }
 
-/* IN sums about pivots (from `first` values each), INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand.
- * (Vectors by hand: gcc makes none of comparisons that it puts together.) */
-static int FN(moments_from_sums)(idx channels, double count, idx first, const double *restrict sum,
+/* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand. (As an int: gcc leaves the
+ * loop scalar with an int64, or with a negation.) */
+static int FN(moments_from_sums)(idx channels, double count, double share, const double *restrict sum,
                                  const double *restrict squares, double *restrict mean, double *restrict m2)
 {
-    const double inverse = 1.0 / count, share = FN(share_of)(first);
-    longs all = {0};
-    int stand = 1;
-    idx c = 0;
-    all = ~all;
-    for (; c + DOUBLES <= channels; c += DOUBLES) {
-        const doubles s = *(const doubles *)(sum + c), q = *(const doubles *)(squares + c), shift = s * inverse, m = q - s * shift;
-        *(doubles *)(mean + c) += shift;
-        *(doubles *)(m2 + c) = m;
-        all &= STAND(s, q, m, count, share);
-    }
-    for (idx j = 0; j < DOUBLES; j++) stand &= all[j] != 0;
-    for (; c < channels; c++) {
-        const double shift = sum[c] * inverse;
+    const double inverse = 1.0 / count;
+    int all = 1;
+    for (idx c = 0; c < channels; c++) {
+        double shift = sum[c] * inverse;
         mean[c] += shift;
         m2[c] = squares[c] - sum[c] * shift;
-        stand &= STAND(sum[c], squares[c], m2[c], count, share);
+        all &= FN(stands)(sum[c], squares[c], m2[c], count, share);
     }
-    return stand;
+    return all;
 }
 
 /* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
@@ -909,7 +904,7 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     const double count = (double)(rows * t.inner);
 
-    const idx first = FN(pivots)(x, rows, t, pivot);
+    const double share = share_of(FN(pivots)(x, rows, t, pivot));
     FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
@@ -949,9 +944,9 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c];
     else
         for (idx c = 0; c < t.channels; c++) mean[c] = (double)pivot[c * t.inner];
-    if (!FN(moments_from_sums)(t.channels, count, first, sum, squares, mean, m2))
+    if (!FN(moments_from_sums)(t.channels, count, share, sum, squares, mean, m2))
         for (idx c = 0; c < t.channels; c++)
-            if (!STAND(sum[c], squares[c], m2[c], count, FN(share_of)(first))) FN(moments_column_slow)(x, rows, t, c, mean, m2);
+            if (!FN(stands)(sum[c], squares[c], m2[c], count, share)) FN(moments_column_slow)(x, rows, t, c, mean, m2);
 }
 
 static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
@@ -1037,8 +1032,7 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
     const idx shift = FN(to_line)(head);
     T *s = room[0] + shift, *q = room[1] + shift, *first_s = room[2] + shift, *first_q = room[3] + shift,
       *third_s = room[4] + shift, *third_q = room[5] + shift;
-    if ((join > 1 || shift) && needs_z) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted);
-    else if (join > 1 || shift) v.hi = FN(repeat)(v.hi, t.channels * t.inner, join, shifted[0] + shift); /* all that is read */
+    if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted, needs_z);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
     const int tensors = gate.kind == GATED ? 3 : 2;
@@ -1216,7 +1210,6 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef MASK
 #undef MASK16
 #undef TREE
-#undef STAND
 #undef VEC
 #undef WIDTH
 #undef UNIT

@@ -274,7 +274,7 @@ static void FN(normalize_stretch)(const call_t *k, idx at, idx rows, idx ld, idx
         FN(apply_stretch)(k, at + head, rows - 1, ld, cols, w);
         FN(apply_stretch)(k, at + head + (rows - 1) * ld, 1, ld, cols - head, w);
     } else {
-        if (shift) v = FN(repeat_coefs)(v, cols, 1, shift, moved);
+        if (shift) v = FN(repeat_coefs)(v, cols, 1, shift, moved, 1);
         FN(apply_stretch)(k, at, rows, ld, cols, v);
     }
 }
@@ -295,7 +295,7 @@ static void FN(normalize_rows)(const call_t *k, idx row, idx rows, idx first, ti
         return;
     }
     T repeated[3][APART] LINED;
-    FN(coefs) w = FN(repeat_coefs)(v, cols, join, 0, repeated);
+    FN(coefs) w = FN(repeat_coefs)(v, cols, join, 0, repeated, 1);
     idx joined = rows / join, rest = rows % join * cols;
     FN(normalize_stretch)(k, at, joined, join * cols, join * cols, w);
     if (rest) FN(apply_stretch)(k, at + joined * join * cols, 1, rest, rest, w);
