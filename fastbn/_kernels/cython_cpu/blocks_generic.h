@@ -876,8 +876,8 @@ static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
         COLUMN(, VEC)                                                                                                  \
     }
 
-/* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand. (As an int: gcc leaves the
- * loop scalar with an int64, or with a negation.) */
+/* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand. (By a share found
+ * before: with its choice in the loop gcc leaves that scalar.) */
 static int FN(moments_from_sums)(idx channels, double count, double share, const double *restrict sum,
                                  const double *restrict squares, double *restrict mean, double *restrict m2)
 {
