@@ -131,6 +131,13 @@ DEFINE_GATE(, VEC, MASK)
 #endif
 #undef DEFINE_GATE
 
+/* Loops that ask `ahead`, and the same that do not: to look at it for each vector would cost as much. */
+#define WHETHER_ASKED(LOOPS)                                                                                           \
+    {                                                                                                                  \
+        if (ahead) { LOOPS }                                                                                           \
+        else { LOOPS }                                                                                                 \
+    }
+
 /* Elements before p + i is aligned to `bytes`, at most len; len where it never is. */
 static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
 {
@@ -238,6 +245,8 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
         STORE(out + i, FORMULA(W, i));                                                                                 \
         i += count;                                                                                                    \
     }
+#define EACH_PLANE                                                                                                     \
+    WHETHER_ASKED(if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16)))
 
 /* Four terms are added to each other before they are added to a sum: a quarter of the roundings, and none that goes one way time
  * after time, as those of squares do (which are 0 or 1 modulo 4), and of equal terms. */
@@ -452,7 +461,7 @@ INLINE void FN(apply_planes_as)(kind_t kind, const S *x, const S *added, S *out,
     if (kind == ADDED) FN(ask_ahead)(added, i, ahead);
 #define COEFS(EACH, W, c) EACH(W, hi, v.hi[c]) EACH(W, a, v.a[c]) EACH(W, b, v.b[c])
 #define FORMULA(W, i) Y(W, i, hi, a, b)
-    if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
+    EACH_PLANE
 #undef FORMULA
 #undef COEFS
 #undef AHEAD
@@ -611,14 +620,14 @@ INLINE void FN(slope_planes_as)(FN(gate_t) gate, int beside, int batch, const S 
     EACH(W, hi, g.v.hi[c]) EACH(W, a, g.v.a[c]) EACH(W, m, g.m[c]) EACH(W, k, g.k[c]) EACH(W, b, (needs_z ? g.v.b : g.v.a)[c])
 #define FORMULA(W, i) ((PASS(W, i, LOAD(W)(x + i) - hi) - m) - (LOAD(W)(x + i) - hi) * k) * a
     if (batch) {
-        if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
+        EACH_PLANE
     }
 #undef FORMULA
 #undef COEFS
 #define COEFS(EACH, W, c) EACH(W, a, g.v.a[c]) EACH(W, hi, (needs_z ? g.v.hi : g.v.a)[c]) EACH(W, b, (needs_z ? g.v.b : g.v.a)[c])
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
-        if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
+        EACH_PLANE
     }
 #undef FORMULA
 #undef COEFS
@@ -823,7 +832,7 @@ static inline idx FN(lead_of)(asks_t asks, tile_t t, int tensors)
 INLINE void FN(ask)(asks_t asks, const S *row, idx k, idx head, idx cols, idx ld, idx lead)
 {
     if (asks == IN_LINES)
-        for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(row + lead + 4 * (k - head) + l);
+        UNROLLED for (idx l = 0; l < 4 * WIDTH; l += LINE) __builtin_prefetch(row + lead + 4 * (k - head) + l);
     else if (asks == IN_ROWS) {
         const S *later = row + k + lead + (k + lead < cols ? 0 : 4 * ld - cols);
         UNROLLED for (int j = 0; j < 4; j++) __builtin_prefetch(later + j * ld);
@@ -851,30 +860,32 @@ static inline idx FN(columns_to_line)(const S *out, tile_t t)
 /* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
 static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
 
-/* k over all columns, as SWEEP goes over a run; VECTORS goes over those of whole vectors. */
-#define SWEEP_COLUMNS(COLUMN, VECTORS)                                                                                 \
+/* What the sums of a block of columns have at hand: rows of `cols` columns, `ld` apart (dy: of gradients), `head` of them before the
+ * first aligned vector; v (of moments, hi: the pivots) and the sums with a value a column; the sums APART from each other. */
+typedef struct { const S *x, *dy; idx ld, head, cols, lead; int streams; FN(coefs) v; T *sums; } FN(rows_t);
+
+/* k over all columns of a row, as SWEEP goes over a run; vectors ask for what is needed later. */
+#define SWEEP_COLUMNS(COLUMN)                                                                                          \
     {                                                                                                                  \
         idx k = 0;                                                                                                     \
         for (; k < head % NARROW_WIDTH; k++) { ONE_BY_ONE; COLUMN(1, T) }                                              \
         for (; k < head; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                                         \
-        VECTORS(COLUMN)                                                                                                \
+        for (; k + WIDTH <= cols; k += WIDTH) { ASK COLUMN(, VEC) }                                                    \
         for (; k + NARROW_WIDTH <= cols; k += NARROW_WIDTH) { ONE_BY_ONE; COLUMN(16, NARROW) }                         \
         for (; k < cols; k++) { ONE_BY_ONE; COLUMN(1, T) }                                                             \
     }
 
-#define SILENTLY(COLUMN)                                                                                               \
-    for (; k + WIDTH <= cols; k += WIDTH) { COLUMN(, VEC) }
-/* A loop for each way of asking: what decides would cost more within. */
-#define ASKING(COLUMN)                                                                                                 \
-    if (asks == IN_LINES) ASKING_FOR(IN_LINES, COLUMN)                                                                 \
-    else if (asks == IN_ROWS) ASKING_FOR(IN_ROWS, COLUMN)                                                              \
-    else SILENTLY(COLUMN)
-#define ORDERLY(COLUMN) ASKING_FOR(IN_ORDER, COLUMN)
-#define ASKING_FOR(what, COLUMN)                                                                                       \
-    for (; k + WIDTH <= cols; k += WIDTH) {                                                                            \
-        ASK(what)                                                                                                      \
-        COLUMN(, VEC)                                                                                                  \
-    }
+/* The same of rows r to `end`, `step` at a time. Rows of whole vectors, which most are, need no look at their ends. */
+#define SWEEP_ROWS(COLUMN, end, step)                                                                                  \
+    if (!head && cols % WIDTH == 0)                                                                                    \
+        for (; r < end; r += step)                                                                                     \
+            for (idx k = 0; k + WIDTH <= cols; k += WIDTH) { ASK COLUMN(, VEC) }                                       \
+    else                                                                                                               \
+        for (; r < end; r += step) SWEEP_COLUMNS(COLUMN)
+
+/* A loop for each way of asking, and for each kind of gradient, in a function of its own: what decides would cost more within, and
+ * where one function has them all, gcc keeps their pointers in memory. */
+#define OWN static __attribute__((noinline))
 
 /* IN sums about pivots, INOUT mean (the pivots before), OUT m2: a value a channel. Whether all of them stand. (By a share found
  * before: with its choice in the loop gcc leaves that scalar.) */
@@ -892,15 +903,60 @@ static int FN(moments_from_sums)(idx channels, double count, double share, const
     return all;
 }
 
+/* INOUT sums about the pivots: of rows, four at a time, added up as a tree. Returns how many were taken. */
+INLINE idx FN(moments_rows_as)(asks_t asks, FN(rows_t) w, idx all)
+{
+    const S *x = w.x;
+    const idx ld = w.ld, head = w.head, cols = w.cols, lead = w.lead;
+    const T *pivot = w.v.hi;
+    T *s = w.sums, *q = s + APART;
+    idx r = 0;
+#define ASK FN(ask)(asks, x + r * ld, k, head, cols, ld, lead);
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        const S *xs = x + r * ld + k;                                                                                  \
+        HOLD_POINTER(xs);                                                                                              \
+        V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
+        UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(xs + j * ld), p);                              \
+        UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];                                                       \
+        FN(put##W)(s + k, GET(W)(s + k) + TREE(d));                                                                    \
+        FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
+    }
+    SWEEP_ROWS(COLUMN, all - 3, 4)
+#undef COLUMN
+#undef ASK
+    return r;
+}
+OWN idx FN(moments_rows_silent)(FN(rows_t) w, idx all) { return FN(moments_rows_as)(SILENT, w, all); }
+OWN idx FN(moments_rows_in_lines)(FN(rows_t) w, idx all) { return FN(moments_rows_as)(IN_LINES, w, all); }
+OWN idx FN(moments_rows_in_rows)(FN(rows_t) w, idx all) { return FN(moments_rows_as)(IN_ROWS, w, all); }
+
+/* Of row r alone. */
+static void FN(moments_row)(FN(rows_t) w, idx r)
+{
+    const S *x = w.x + r * w.ld;
+    const idx head = w.head, cols = w.cols;
+    T *s = w.sums, *q = s + APART;
+#define ASK
+#define COLUMN(W, V)                                                                                                   \
+    {                                                                                                                  \
+        V d = FN(less##W)(LOAD(W)(x + k), GET(W)(w.v.hi + k));                                                         \
+        FN(put##W)(s + k, GET(W)(s + k) + d);                                                                          \
+        FN(put##W)(q + k, GET(W)(q + k) + d * d);                                                                      \
+    }
+    SWEEP_COLUMNS(COLUMN)
+#undef COLUMN
+#undef ASK
+}
+
 /* IN x: `rows` ≤ rows_a_block() rows of the tile. OUT mean, m2: a value a channel. */
 static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, double *m2)
 {
     T room[3][APART] LINED;
     double sum[MAX_COLUMNS], squares[MAX_COLUMNS];
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
-    const tile_t w = joined(t, join);
-    idx cols = w.channels * w.inner, head = FN(unaligned_columns)(x, w), r = 0;
-    const idx shift = FN(to_line)(head);
+    const tile_t tile = joined(t, join);
+    const idx cols = tile.channels * tile.inner, head = FN(unaligned_columns)(x, tile), shift = FN(to_line)(head);
     T *pivot = room[0] + shift, *s = room[1] + shift, *q = room[2] + shift;
     const double count = (double)(rows * t.inner);
 
@@ -908,34 +964,14 @@ static void FN(moments_columns)(const S *x, idx rows, tile_t t, double *mean, do
     FN(repeat)(pivot, t.channels, join, pivot);
     memset(s, 0, (size_t)cols * sizeof(T));
     memset(q, 0, (size_t)cols * sizeof(T));
-    const asks_t asks = FN(asks_of)(w, 1);
-    const idx lead = FN(lead_of)(asks, w, 1);
-    for (; r + 4 <= all; r += 4) { /* four rows at a time, added up as a tree */
-        const S *row = x + r * w.ld;
-#define ASK(what) FN(ask)(what, row, k, head, cols, w.ld, lead);
-#define COLUMN(W, V)                                                                                                   \
-    {                                                                                                                  \
-        V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
-        UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(row + j * w.ld + k), p);                       \
-        UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];                                                       \
-        FN(put##W)(s + k, GET(W)(s + k) + TREE(d));                                                                    \
-        FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
-    }
-        SWEEP_COLUMNS(COLUMN, ASKING)
-#undef COLUMN
-    }
-    for (; r < all + (rest > 0); r++) {
-        const S *row = x + r * w.ld;
-        if (r == all) cols = rest, head = 0;
-#define COLUMN(W, V)                                                                                                   \
-    {                                                                                                                  \
-        V d = FN(less##W)(LOAD(W)(row + k), GET(W)(pivot + k));                                                        \
-        FN(put##W)(s + k, GET(W)(s + k) + d);                                                                          \
-        FN(put##W)(q + k, GET(W)(q + k) + d * d);                                                                      \
-    }
-        SWEEP_COLUMNS(COLUMN, SILENTLY)
-#undef COLUMN
-#undef ASK
+    const asks_t asks = FN(asks_of)(tile, 1);
+    FN(rows_t) w = {x, NULL, tile.ld, head, cols, FN(lead_of)(asks, tile, 1), 0, {pivot, NULL, NULL}, s};
+    idx r = asks == SILENT ? FN(moments_rows_silent)(w, all)
+            : asks == IN_LINES ? FN(moments_rows_in_lines)(w, all) : FN(moments_rows_in_rows)(w, all);
+    for (; r < all; r++) FN(moments_row)(w, r);
+    if (rest) {
+        w.cols = rest, w.head = 0;
+        FN(moments_row)(w, all);
     }
 
     FN(fold_columns)(s, t, join, sum);
@@ -955,17 +991,22 @@ static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
  * less than the cache's own pace. Where rows are streamed and end in the middle of a line, that line alone goes through the cache,
  * and all that is streamed waits for it: it is asked for in time. Rows of whole, aligned vectors, which most are, need no look at
  * their ends. */
-#define WHOLE_ROW(STORE) for (idx i = 0; i < len;) { AHEAD(i) STEP(, STORE, WIDTH) }
-#define EACH_ROW(SHIFT)                                                                                                \
-    const int whole = !(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH);                 \
+#define WHOLE_ROWS(STORE)                                                                                              \
     for (idx r = 0; r < all; r++) {                                                                                    \
         if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                                 \
-        if (whole && streaming) WHOLE_ROW(FN(stream))                                                                  \
-        else if (whole) WHOLE_ROW(FN(store))                                                                           \
-        else if (streaming) SWEEP_STREAM                                                                               \
-        else SWEEP_STORE                                                                                               \
+        for (idx i = 0; i < len;) { AHEAD(i) STEP(, STORE, WIDTH) }                                                    \
         SHIFT                                                                                                          \
     }
+#define EACH_ROW                                                                                                       \
+    if (!(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH))                               \
+        WHETHER_ASKED(if (streaming) WHOLE_ROWS(FN(stream)) else WHOLE_ROWS(FN(store)))                                \
+    else                                                                                                               \
+        for (idx r = 0; r < all; r++) {                                                                                \
+            if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                             \
+            if (streaming) SWEEP_STREAM                                                                                \
+            else SWEEP_STORE                                                                                           \
+            SHIFT                                                                                                      \
+        }
 
 /* IN x, added (or NULL), OUT y: `all` rows of `len` columns. out may be x or added. */
 INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
@@ -979,7 +1020,7 @@ INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out
     if (kind == ADDED) FN(ask_ahead)(added, i, ahead);                                                                 \
     if (!streaming) FN(ask_to_write)(out, i, ahead);
 #define FORMULA(W, i) Y(W, i, hi, a, b)
-    EACH_ROW(SHIFT)
+    EACH_ROW
 #undef FORMULA
 #undef AHEAD
 #undef PREPARE
@@ -999,56 +1040,43 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
 
 /* g = dz and e = dz·(x − hi) of n rows. (x's and dy's rows are found from the first one: gcc would keep more pointers than there are
  * registers.) */
-#define ROWS(W, n, V)                                                                                                  \
+#define TERMS(W, n, V)                                                                                                 \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
-    const S *xs = x + r * w.ld + k, *dys = dy + r * w.ld + k;                                                          \
+    const S *xs = x + r * ld + k, *dys = dy + r * ld + k;                                                              \
     HOLD_POINTER(xs);                                                                                                  \
     HOLD_POINTER(dys);                                                                                                 \
     UNROLLED for (int j = 0; j < n; j++) {                                                                             \
-        idx at = (r + j) * w.ld + k;                                                                                   \
-        V d = FN(less##W)(LOAD(W)(xs + j * w.ld), h), dyj = LOAD(W)(dys + j * w.ld);                                   \
+        idx at = (r + j) * ld + k;                                                                                     \
+        V d = FN(less##W)(LOAD(W)(xs + j * ld), h), dyj = LOAD(W)(dys + j * ld);                                       \
         HOLD(dyj);                                                                                                     \
         g[j] = GATE(W)(gate.kind, dyj, GATE_BY(W, at, dyj, d, a, b), gate.slope);                                      \
         FN(pass##W)(gate, gate.kind == GATED && gate.dz, at, streams, g[j]);                                           \
         e[j] = g[j] * d;                                                                                               \
     }
 
-static int64_t FN(any_not_finite)(idx n, const double *sum)
+/* INOUT sums of dz and dz·(x − hi), OUT gate.dz, if GATED and there: of rows, four at a time, or, IN_ORDER, one by one. Returns how
+ * many were taken. */
+INLINE idx FN(gradient_rows_as)(kind_t kind, asks_t asks, FN(gate_t) gate, FN(rows_t) w, idx all)
 {
-    int64_t any = 0;
-    for (idx i = 0; i < n; i++) any |= sum[i] - sum[i] != 0;
-    return any;
-}
-
-INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
-                                    double *sum_dy, double *sum_dy_x)
-{
-    T room[6][APART] LINED, shifted[3][APART] LINED;
-    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
-    const tile_t w = joined(t, join);
-    const int needs_z = gate.kind == RELU || gate.kind == LEAKY, past = gate.dz && gate.streaming && w.ld % UNIT == 0;
-    idx cols = w.channels * w.inner, head = past ? FN(columns_to_line)(gate.dz, w) : FN(unaligned_columns)(x, w), r = 0;
-    int streams = past && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
-    const idx shift = FN(to_line)(head);
-    T *s = room[0] + shift, *q = room[1] + shift, *first_s = room[2] + shift, *first_q = room[3] + shift,
-      *third_s = room[4] + shift, *third_q = room[5] + shift;
-    if (join > 1 || shift) v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted, needs_z);
-    memset(s, 0, (size_t)cols * sizeof(T));
-    memset(q, 0, (size_t)cols * sizeof(T));
-    const int tensors = gate.kind == GATED ? 3 : 2;
-    const asks_t asks = FN(asks_of)(w, tensors);
-    const idx lead = FN(lead_of)(asks, w, tensors);
-#define ASK(what)                                                                                                      \
-    FN(ask)(what, x + r * w.ld, k, head, cols, w.ld, lead);                                                            \
-    FN(ask)(what, dy + r * w.ld, k, head, cols, w.ld, lead);                                                           \
-    if (gate.kind == GATED) FN(ask)(what, gate.y + r * w.ld, k, head, cols, w.ld, lead);
+    const S *x = w.x, *dy = w.dy;
+    const idx ld = w.ld, head = w.head, cols = w.cols, lead = w.lead;
+    const int streams = w.streams, needs_z = kind == RELU || kind == LEAKY;
+    const FN(coefs) v = w.v;
+    T *s = w.sums, *q = s + APART, *first_s = q + APART, *first_q = first_s + APART, *third_s = first_q + APART,
+      *third_q = third_s + APART;
+    idx r = 0;
+    gate.kind = kind;
+#define ASK                                                                                                            \
+    FN(ask)(asks, x + r * ld, k, head, cols, ld, lead);                                                                \
+    FN(ask)(asks, dy + r * ld, k, head, cols, ld, lead);                                                               \
+    if (kind == GATED) FN(ask)(asks, gate.y + r * ld, k, head, cols, ld, lead);
     /* Row by row, the same tree of four: the first, with the second added to it, and the third wait for the fourth. All rows by the same
      * instructions (a loop for each of the four is slower): of each instruction the hardware foresees what it will load. */
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         idx turn = r % 4;                                                                                              \
         HOLD_POINTER(turn);                                                                                            \
-        ROWS(W, 1, V)                                                                                                  \
+        TERMS(W, 1, V)                                                                                                 \
         if (turn == 3) {                                                                                               \
             FN(put##W)(s + k, GET(W)(s + k) + (GET(W)(first_s + k) + (GET(W)(third_s + k) + g[0])));                   \
             FN(put##W)(q + k, GET(W)(q + k) + (GET(W)(first_q + k) + (GET(W)(third_q + k) + e[0])));                   \
@@ -1060,30 +1088,105 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
             FN(put##W)((turn ? third_q : first_q) + k, e[0]);                                                          \
         }                                                                                                              \
     }
-    for (; asks == IN_ORDER && r < all / 4 * 4; r++) SWEEP_COLUMNS(COLUMN, ORDERLY)
+    if (asks == IN_ORDER) {
+        SWEEP_ROWS(COLUMN, all / 4 * 4, 1)
+        return r;
+    }
 #undef COLUMN
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
-        ROWS(W, 4, V)                                                                                                  \
+        TERMS(W, 4, V)                                                                                                 \
         FN(put##W)(s + k, GET(W)(s + k) + TREE(g));                                                                    \
         FN(put##W)(q + k, GET(W)(q + k) + TREE(e));                                                                    \
     }
-    for (; r + 4 <= all; r += 4) SWEEP_COLUMNS(COLUMN, ASKING)
+    SWEEP_ROWS(COLUMN, all - 3, 4)
 #undef COLUMN
+#undef ASK
+    return r;
+}
+
+/* Of row r alone. */
+INLINE void FN(gradient_row_as)(kind_t kind, FN(gate_t) gate, FN(rows_t) w, idx r)
+{
+    const S *x = w.x, *dy = w.dy;
+    const idx ld = w.ld, head = w.head, cols = w.cols;
+    const int streams = w.streams, needs_z = kind == RELU || kind == LEAKY;
+    const FN(coefs) v = w.v;
+    T *s = w.sums, *q = s + APART;
+    gate.kind = kind;
+#define ASK
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
-        ROWS(W, 1, V)                                                                                                  \
+        TERMS(W, 1, V)                                                                                                 \
         FN(put##W)(s + k, GET(W)(s + k) + g[0]);                                                                       \
         FN(put##W)(q + k, GET(W)(q + k) + e[0]);                                                                       \
     }
-    streams = 0;
-    for (; r < all + (rest > 0); r++) {
-        if (r == all) cols = rest, head = 0;
-        SWEEP_COLUMNS(COLUMN, SILENTLY)
-    }
+    SWEEP_COLUMNS(COLUMN)
 #undef COLUMN
-#undef ROWS
 #undef ASK
+}
+#undef TERMS
+
+typedef idx (*FN(rows_function))(FN(gate_t), FN(rows_t), idx);
+typedef void (*FN(row_function))(FN(gate_t), FN(rows_t), idx);
+#define OF_KIND(KIND)                                                                                                  \
+    ROWS_OF(KIND, SILENT) ROWS_OF(KIND, IN_LINES) ROWS_OF(KIND, IN_ROWS) ROWS_OF(KIND, IN_ORDER)                       \
+    OWN void FN(gradient_row_##KIND)(FN(gate_t) g, FN(rows_t) w, idx r) { FN(gradient_row_as)(KIND, g, w, r); }        \
+    static const FN(rows_function) FN(gradient_rows_##KIND)[] = {                                                      \
+        [SILENT] = FN(gradient_rows_##KIND##_SILENT), [IN_LINES] = FN(gradient_rows_##KIND##_IN_LINES),                \
+        [IN_ROWS] = FN(gradient_rows_##KIND##_IN_ROWS), [IN_ORDER] = FN(gradient_rows_##KIND##_IN_ORDER)};
+#define ROWS_OF(KIND, asks)                                                                                            \
+    OWN idx FN(gradient_rows_##KIND##_##asks)(FN(gate_t) g, FN(rows_t) w, idx all)                                     \
+    {                                                                                                                  \
+        return FN(gradient_rows_as)(KIND, asks, g, w, all);                                                            \
+    }
+OF_KIND(PLAIN)
+OF_KIND(RELU)
+OF_KIND(LEAKY)
+OF_KIND(GATED)
+#undef ROWS_OF
+#undef OF_KIND
+
+static const FN(rows_function) *const FN(gradient_rows)[] = {
+    [PLAIN] = FN(gradient_rows_PLAIN), [RELU] = FN(gradient_rows_RELU), [LEAKY] = FN(gradient_rows_LEAKY),
+    [GATED] = FN(gradient_rows_GATED)};
+static const FN(row_function) FN(gradient_row)[] = {
+    [PLAIN] = FN(gradient_row_PLAIN), [RELU] = FN(gradient_row_RELU), [LEAKY] = FN(gradient_row_LEAKY),
+    [GATED] = FN(gradient_row_GATED)};
+
+static int64_t FN(any_not_finite)(idx n, const double *sum)
+{
+    int64_t any = 0;
+    for (idx i = 0; i < n; i++) any |= sum[i] - sum[i] != 0;
+    return any;
+}
+
+/* IN dy, x: `rows` ≤ rows_a_block() rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
+ * gate.dz, if GATED and there. */
+static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
+                                 double *sum_dy, double *sum_dy_x)
+{
+    T room[6][APART] LINED, shifted[3][APART] LINED;
+    const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
+    const tile_t tile = joined(t, join);
+    const int past = gate.dz && gate.streaming && tile.ld % UNIT == 0, tensors = gate.kind == GATED ? 3 : 2;
+    const idx cols = tile.channels * tile.inner;
+    const idx head = past ? FN(columns_to_line)(gate.dz, tile) : FN(unaligned_columns)(x, tile), shift = FN(to_line)(head);
+    const int streams = past && (uintptr_t)(gate.dz + head) % UNIT_BYTES == 0;
+    T *s = room[0] + shift, *q = room[1] + shift;
+    if (join > 1 || shift)
+        v = FN(repeat_coefs)(v, t.channels * t.inner, join, shift, shifted, gate.kind == RELU || gate.kind == LEAKY);
+    memset(s, 0, (size_t)cols * sizeof(T));
+    memset(q, 0, (size_t)cols * sizeof(T));
+    const asks_t asks = FN(asks_of)(tile, tensors);
+    FN(rows_t) w = {x, dy, tile.ld, head, cols, FN(lead_of)(asks, tile, tensors), streams, v, s};
+    idx r = FN(gradient_rows)[gate.kind][asks](gate, w, all);
+    w.streams = 0;
+    for (; r < all; r++) FN(gradient_row)[gate.kind](gate, w, r);
+    if (rest) {
+        w.cols = rest, w.head = 0;
+        FN(gradient_row)[gate.kind](gate, w, all);
+    }
     FN(fold_columns)(s, t, join, sum_dy);
     FN(fold_columns)(q, t, join, sum_dy_x);
     if (FN(any_not_finite)(t.channels, sum_dy) | FN(any_not_finite)(t.channels, sum_dy_x))
@@ -1096,20 +1199,6 @@ INLINE void FN(gradient_columns_as)(FN(gate_t) gate, const S *dy, const S *x, id
                 sum_dy[c] = again.dy;
                 sum_dy_x[c] = again.dy_x;
             }
-}
-
-/* IN dy, x: `rows` ≤ rows_a_block() rows of the tile; v: a value a column. OUT sums of dz and dz·(x − hi), a value a channel;
- * gate.dz, if GATED and there. */
-static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
-                                 double *sum_dy, double *sum_dy_x)
-{
-    FN(gate_t) g = gate;
-    switch (gate.kind) {
-    case PLAIN: g.kind = PLAIN; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
-    case RELU: g.kind = RELU; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
-    case LEAKY: g.kind = LEAKY; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x); break;
-    default: g.kind = GATED; FN(gradient_columns_as)(g, dy, x, rows, t, v, sum_dy, sum_dy_x);
-    }
 }
 
 /* IN dy, x, OUT dx, gate.dz (if `beside`): `all` rows of `len` columns; with fixed statistics (not `batch`) dx = dz·a. out or gate.dz
@@ -1138,7 +1227,7 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int beside, int batch, const S
     if (needs_z) HOLD(a);
 #define FORMULA(W, i) ((PASS(W, i, FN(less##W)(LOAD(W)(x + i), hi)) - m) - FN(less##W)(LOAD(W)(x + i), hi) * k) * a
     if (batch) {
-        EACH_ROW(SHIFT)
+        EACH_ROW
     }
 #undef FORMULA
 #undef PREPARE
@@ -1153,7 +1242,7 @@ INLINE void FN(slope_columns_as)(FN(gate_t) gate, int beside, int batch, const S
     if (needs_z) HOLD(a);
 #define FORMULA(W, i) PASS(W, i, LOAD(W)(x + i) - hi) * a
     else {
-        EACH_ROW(SHIFT)
+        EACH_ROW
     }
 #undef FORMULA
 #undef AHEAD
@@ -1184,12 +1273,12 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef GET
 #undef GATE
 #undef EACH_ROW
-#undef WHOLE_ROW
+#undef WHOLE_ROWS
 #undef SWEEP_COLUMNS
-#undef SILENTLY
-#undef ASKING
-#undef ASKING_FOR
-#undef ORDERLY
+#undef SWEEP_ROWS
+#undef OWN
+#undef EACH_PLANE
+#undef WHETHER_ASKED
 #undef ONE_BY_ONE
 #undef SWEEP_STREAM
 #undef SWEEP_PLANES
