@@ -92,7 +92,8 @@ INLINE VEC FN(less)(VEC a, VEC b)
 #endif
 }
 
-/* Held in a register: gcc would load it anew for each use. */
+/* Held in a register: gcc would load it anew for each use. Rows are found from a held pointer to the first: gcc would keep one to each,
+ * more than there are registers. */
 #ifdef __x86_64__
 #define HOLD(vector) __asm__("" : "+v"(vector))
 #define HOLD_POINTER(p) __asm__("" : "+r"(p))
@@ -130,13 +131,6 @@ INLINE VEC FN(gate)(kind_t kind, VEC g, VEC z, T slope)
 DEFINE_GATE(, VEC, MASK)
 #endif
 #undef DEFINE_GATE
-
-/* Loops that ask `ahead`, and the same that do not: to look at it for each vector would cost as much. */
-#define WHETHER_ASKED(LOOPS)                                                                                           \
-    {                                                                                                                  \
-        if (ahead) { LOOPS }                                                                                           \
-        else { LOOPS }                                                                                                 \
-    }
 
 /* Elements before p + i is aligned to `bytes`, at most len; len where it never is. */
 static inline idx FN(misaligned)(const S *p, idx len, uintptr_t bytes)
@@ -197,7 +191,14 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
 /* (value − 0, as 0 + value would lose the sign of a zero.) */
 #define SPLAT(W, value) ((value) - (__typeof__(GET(W)((const T *)0))){0})
 
-/* The same over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
+/* LOOPS twice, with and without asking: a look at `ahead` for each vector would cost as much as to ask. */
+#define WHETHER_ASKED(LOOPS)                                                                                           \
+    {                                                                                                                  \
+        if (ahead) { LOOPS }                                                                                           \
+        else { LOOPS }                                                                                                 \
+    }
+
+/* As SWEEP, over `planes` planes of `inner` elements, one behind the other, of channels c, c + 1, … (0 after `channels` − 1): out[i] =
  * FORMULA(W, i). Planes of fewer elements than a vector come alone, and all where `out` is never aligned; elsewhere a vector may
  * belong to two channels, and no plane has ragged ends. COEFS(EACH, W, c) has the coefficients of channel c, as EACH(W, name, value) for
  * each. Those of the next channel are made once: for the vector that it shares with this one, then for its own. */
@@ -217,11 +218,11 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
         while (i + NARROW_WIDTH <= head) { ONE_BY_ONE; PLANE_STEP(16, FN(store16), NARROW_WIDTH) }                     \
         COEFS(FIRST, , c)                                                                                              \
         for (;;) {                                                                                                     \
-            for (; i + WIDTH <= end; i += WIDTH) {                                                                     \
+            WHETHER_ASKED(for (; i + WIDTH <= end; i += WIDTH) {                                                       \
                 COEFS(HERE, , c)                                                                                       \
                 AHEAD(i)                                                                                               \
                 STORE(out + i, FORMULA(, i));                                                                          \
-            }                                                                                                          \
+            })                                                                                                         \
             if (i + WIDTH > len) break;                                                                                \
             c = c + 1 < channels ? c + 1 : 0;                                                                          \
             COEFS(NEXT, , c)                                                                                           \
@@ -245,8 +246,7 @@ INLINE VEC FN(both)(MASK first, VEC a, VEC b) { return (VEC)((first & (MASK)a) |
         STORE(out + i, FORMULA(W, i));                                                                                 \
         i += count;                                                                                                    \
     }
-#define EACH_PLANE                                                                                                     \
-    WHETHER_ASKED(if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16)))
+#define EACH_PLANE if (streaming) SWEEP_PLANES(FN(stream), FN(stream16)) else SWEEP_PLANES(FN(store), FN(store16))
 
 /* Four terms are added to each other before they are added to a sum: a quarter of the roundings, and none that goes one way time
  * after time, as those of squares do (which are 0 or 1 modulo 4), and of equal terms. */
@@ -860,8 +860,9 @@ static inline idx FN(columns_to_line)(const S *out, tile_t t)
 /* Where what is read beside column `head` begins, for that to lie on a line too: in a room that begins on one. */
 static inline idx FN(to_line)(idx head) { return (UNIT - head % UNIT) % UNIT; }
 
-/* What the sums of a block of columns have at hand: rows of `cols` columns, `ld` apart (dy: of gradients), `head` of them before the
- * first aligned vector; v (of moments, hi: the pivots) and the sums with a value a column; the sums APART from each other. */
+/* What the sums of a block of columns have at hand: rows of `cols` columns, `ld` apart, `head` of them before the first aligned vector;
+ * how far ahead is asked (see lead_of); v, a value a column (of moments, hi: the pivots); both sums, APART, and, IN_ORDER, four that
+ * wait. Of gradients, dy, and whether dz goes past the cache. */
 typedef struct { const S *x, *dy; idx ld, head, cols, lead; int streams; FN(coefs) v; T *sums; } FN(rows_t);
 
 /* k over all columns of a row, as SWEEP goes over a run; vectors ask for what is needed later. */
@@ -990,23 +991,18 @@ static inline idx FN(some_rows_on)(idx ld) { return ld * (1 + 4096 / ld); }
 /* Rows [0, all) of a tile, one by one: memory likes to be read and written in order, and coefficients that begin on a line cost
  * less than the cache's own pace. Where rows are streamed and end in the middle of a line, that line alone goes through the cache,
  * and all that is streamed waits for it: it is asked for in time. Rows of whole, aligned vectors, which most are, need no look at
- * their ends. */
-#define WHOLE_ROWS(STORE)                                                                                              \
+ * their ends. SHIFT goes on to the next row. */
+#define WHOLE_ROW(STORE) for (idx i = 0; i < len;) { AHEAD(i) STEP(, STORE, WIDTH) }
+#define ROWS_BY(LOOP)                                                                                                  \
     for (idx r = 0; r < all; r++) {                                                                                    \
         if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                                 \
-        for (idx i = 0; i < len;) { AHEAD(i) STEP(, STORE, WIDTH) }                                                    \
+        LOOP                                                                                                           \
         SHIFT                                                                                                          \
     }
 #define EACH_ROW                                                                                                       \
     if (!(len % WIDTH) && !(ld % WIDTH) && !FN(misaligned)(out, len, sizeof(S) * WIDTH))                               \
-        WHETHER_ASKED(if (streaming) WHOLE_ROWS(FN(stream)) else WHOLE_ROWS(FN(store)))                                \
-    else                                                                                                               \
-        for (idx r = 0; r < all; r++) {                                                                                \
-            if (streaming && ld % LINE) __builtin_prefetch(out + FN(some_rows_on)(ld), 1);                             \
-            if (streaming) SWEEP_STREAM                                                                                \
-            else SWEEP_STORE                                                                                           \
-            SHIFT                                                                                                      \
-        }
+        WHETHER_ASKED(if (streaming) ROWS_BY(WHOLE_ROW(FN(stream))) else ROWS_BY(WHOLE_ROW(FN(store))))                \
+    else ROWS_BY(if (streaming) SWEEP_STREAM else SWEEP_STORE)
 
 /* IN x, added (or NULL), OUT y: `all` rows of `len` columns. out may be x or added. */
 INLINE void FN(apply_columns_as)(kind_t kind, const S *x, const S *added, S *out, idx all, idx ld, idx len, FN(coefs) v,
@@ -1038,8 +1034,7 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
     }
 }
 
-/* g = dz and e = dz·(x − hi) of n rows. (x's and dy's rows are found from the first one: gcc would keep more pointers than there are
- * registers.) */
+/* g = dz and e = dz·(x − hi) of n rows. */
 #define TERMS(W, n, V)                                                                                                 \
     V h = GET(W)(v.hi + k), a = needs_z ? GET(W)(v.a + k) : h, b = needs_z ? GET(W)(v.b + k) : h, g[n], e[n];          \
     const S *xs = x + r * ld + k, *dys = dy + r * ld + k;                                                              \
@@ -1056,20 +1051,19 @@ static void FN(apply_columns)(kind_t kind, const S *x, const S *added, S *out, i
 
 /* INOUT sums of dz and dz·(x − hi), OUT gate.dz, if GATED and there: of rows, four at a time, or, IN_ORDER, one by one. Returns how
  * many were taken. */
-INLINE idx FN(gradient_rows_as)(kind_t kind, asks_t asks, FN(gate_t) gate, FN(rows_t) w, idx all)
+INLINE idx FN(gradient_rows_as)(asks_t asks, FN(gate_t) gate, FN(rows_t) w, idx all)
 {
     const S *x = w.x, *dy = w.dy;
     const idx ld = w.ld, head = w.head, cols = w.cols, lead = w.lead;
-    const int streams = w.streams, needs_z = kind == RELU || kind == LEAKY;
+    const int streams = w.streams, needs_z = gate.kind == RELU || gate.kind == LEAKY;
     const FN(coefs) v = w.v;
     T *s = w.sums, *q = s + APART, *first_s = q + APART, *first_q = first_s + APART, *third_s = first_q + APART,
       *third_q = third_s + APART;
     idx r = 0;
-    gate.kind = kind;
 #define ASK                                                                                                            \
     FN(ask)(asks, x + r * ld, k, head, cols, ld, lead);                                                                \
     FN(ask)(asks, dy + r * ld, k, head, cols, ld, lead);                                                               \
-    if (kind == GATED) FN(ask)(asks, gate.y + r * ld, k, head, cols, ld, lead);
+    if (gate.kind == GATED) FN(ask)(asks, gate.y + r * ld, k, head, cols, ld, lead);
     /* Row by row, the same tree of four: the first, with the second added to it, and the third wait for the fourth. All rows by the same
      * instructions (a loop for each of the four is slower): of each instruction the hardware foresees what it will load. */
 #define COLUMN(W, V)                                                                                                   \
@@ -1106,14 +1100,13 @@ INLINE idx FN(gradient_rows_as)(kind_t kind, asks_t asks, FN(gate_t) gate, FN(ro
 }
 
 /* Of row r alone. */
-INLINE void FN(gradient_row_as)(kind_t kind, FN(gate_t) gate, FN(rows_t) w, idx r)
+INLINE void FN(gradient_row_as)(FN(gate_t) gate, FN(rows_t) w, idx r)
 {
     const S *x = w.x, *dy = w.dy;
     const idx ld = w.ld, head = w.head, cols = w.cols;
-    const int streams = w.streams, needs_z = kind == RELU || kind == LEAKY;
+    const int streams = w.streams, needs_z = gate.kind == RELU || gate.kind == LEAKY;
     const FN(coefs) v = w.v;
     T *s = w.sums, *q = s + APART;
-    gate.kind = kind;
 #define ASK
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
@@ -1127,30 +1120,32 @@ INLINE void FN(gradient_row_as)(kind_t kind, FN(gate_t) gate, FN(rows_t) w, idx 
 }
 #undef TERMS
 
-typedef idx (*FN(rows_function))(FN(gate_t), FN(rows_t), idx);
-typedef void (*FN(row_function))(FN(gate_t), FN(rows_t), idx);
+#define ROWS_OF(KIND, asks)                                                                                            \
+    OWN idx FN(gradient_rows_##KIND##_##asks)(FN(gate_t) gate, FN(rows_t) w, idx all)                                  \
+    {                                                                                                                  \
+        gate.kind = KIND;                                                                                              \
+        return FN(gradient_rows_as)(asks, gate, w, all);                                                               \
+    }
 #define OF_KIND(KIND)                                                                                                  \
     ROWS_OF(KIND, SILENT) ROWS_OF(KIND, IN_LINES) ROWS_OF(KIND, IN_ROWS) ROWS_OF(KIND, IN_ORDER)                       \
-    OWN void FN(gradient_row_##KIND)(FN(gate_t) g, FN(rows_t) w, idx r) { FN(gradient_row_as)(KIND, g, w, r); }        \
-    static const FN(rows_function) FN(gradient_rows_##KIND)[] = {                                                      \
-        [SILENT] = FN(gradient_rows_##KIND##_SILENT), [IN_LINES] = FN(gradient_rows_##KIND##_IN_LINES),                \
-        [IN_ROWS] = FN(gradient_rows_##KIND##_IN_ROWS), [IN_ORDER] = FN(gradient_rows_##KIND##_IN_ORDER)};
-#define ROWS_OF(KIND, asks)                                                                                            \
-    OWN idx FN(gradient_rows_##KIND##_##asks)(FN(gate_t) g, FN(rows_t) w, idx all)                                     \
+    OWN void FN(gradient_row_##KIND)(FN(gate_t) gate, FN(rows_t) w, idx r)                                             \
     {                                                                                                                  \
-        return FN(gradient_rows_as)(KIND, asks, g, w, all);                                                            \
+        gate.kind = KIND;                                                                                              \
+        FN(gradient_row_as)(gate, w, r);                                                                               \
     }
 OF_KIND(PLAIN)
 OF_KIND(RELU)
 OF_KIND(LEAKY)
 OF_KIND(GATED)
-#undef ROWS_OF
 #undef OF_KIND
+#undef ROWS_OF
 
-static const FN(rows_function) *const FN(gradient_rows)[] = {
-    [PLAIN] = FN(gradient_rows_PLAIN), [RELU] = FN(gradient_rows_RELU), [LEAKY] = FN(gradient_rows_LEAKY),
-    [GATED] = FN(gradient_rows_GATED)};
-static const FN(row_function) FN(gradient_row)[] = {
+#define WAYS(KIND)                                                                                                     \
+    [KIND] = {[SILENT] = FN(gradient_rows_##KIND##_SILENT), [IN_LINES] = FN(gradient_rows_##KIND##_IN_LINES),          \
+              [IN_ROWS] = FN(gradient_rows_##KIND##_IN_ROWS), [IN_ORDER] = FN(gradient_rows_##KIND##_IN_ORDER)}
+static idx (*const FN(gradient_rows)[][4])(FN(gate_t), FN(rows_t), idx) = {WAYS(PLAIN), WAYS(RELU), WAYS(LEAKY), WAYS(GATED)};
+#undef WAYS
+static void (*const FN(gradient_row)[])(FN(gate_t), FN(rows_t), idx) = {
     [PLAIN] = FN(gradient_row_PLAIN), [RELU] = FN(gradient_row_RELU), [LEAKY] = FN(gradient_row_LEAKY),
     [GATED] = FN(gradient_row_GATED)};
 
@@ -1166,7 +1161,7 @@ static int64_t FN(any_not_finite)(idx n, const double *sum)
 static void FN(gradient_columns)(FN(gate_t) gate, const S *dy, const S *x, idx rows, tile_t t, FN(coefs) v,
                                  double *sum_dy, double *sum_dy_x)
 {
-    T room[6][APART] LINED, shifted[3][APART] LINED;
+    T room[6][APART] LINED, shifted[3][APART] LINED; /* both sums, and four that wait: see gradient_rows_as */
     const idx join = rows_to_sum_as_one(t), all = rows / join, rest = rows % join * t.channels;
     const tile_t tile = joined(t, join);
     const int past = gate.dz && gate.streaming && tile.ld % UNIT == 0, tensors = gate.kind == GATED ? 3 : 2;
@@ -1273,7 +1268,8 @@ static void FN(slope_columns)(FN(gate_t) gate, int batch, const S *dy, const S *
 #undef GET
 #undef GATE
 #undef EACH_ROW
-#undef WHOLE_ROWS
+#undef WHOLE_ROW
+#undef ROWS_BY
 #undef SWEEP_COLUMNS
 #undef SWEEP_ROWS
 #undef OWN
