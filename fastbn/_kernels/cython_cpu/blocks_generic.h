@@ -916,7 +916,6 @@ INLINE idx FN(moments_rows_as)(asks_t asks, FN(rows_t) w, idx all)
 #define COLUMN(W, V)                                                                                                   \
     {                                                                                                                  \
         const S *xs = x + r * ld + k;                                                                                  \
-        HOLD_POINTER(xs);                                                                                              \
         V p = GET(W)(pivot + k), d[4], e[4];                                                                           \
         UNROLLED for (int j = 0; j < 4; j++) d[j] = FN(less##W)(LOAD(W)(xs + j * ld), p);                              \
         UNROLLED for (int j = 0; j < 4; j++) e[j] = d[j] * d[j];                                                       \
