@@ -37,7 +37,7 @@ COMPILE = [
 ]
 
 
-# The loops that matter are written with vectors and unrolled by name: -O3 would only add half to the code and to the wait.
+# The loops that matter are written with vectors and unrolled by name: -O3 would only add 40 % to the code and the wait.
 OPTIMIZE = [["-O2", "-ftree-loop-vectorize", "-fvect-cost-model=dynamic"], ["-O3"]]
 OPENMP = [["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]]
 
